@@ -1,0 +1,283 @@
+"""Four rooms: the grid world of Recall Traces (Goyal et al., ICLR 2019), section 6.1 and appendices D, F and H.
+
+The agent walks from one corner of a square maze to the opposite one through bottleneck doorways. The paper shows the
+returns of this maze (its axes run from about -1 to 5) but neither the rewards nor the doorways. We chose a goal bonus
+of 5 and a penalty of 0.01 for every step, which give returns in that range, and doorways in the middle of each wall.
+
+    #########   `FourRoomMaze` holds the geometry and both dynamics as arrays: `next_cell[cell, action]` forward and
+    #S..#...#   `predecessors[next_cell, action]` backward, the exact backtracking model of section 6.1.
+    #.......#   `FourRoomEnv` is one maze for `gym.make`, `FourRoomVectorEnv` steps many as arrays for `gym.make_vec`.
+    #...#...#   `draw_cells` draws any quantity per cell (visits, values, traces) over the maze: Figures 3 and 10.
+    ##.###.##
+    #...#...#   A cell is the index `row * size + column`; the actions are 0 up, 1 right, 2 down, 3 left.
+    #.......#   Walking into a wall leaves the agent where it is. Reaching the goal ends the episode.
+    #...#..G#
+    #########
+"""
+
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+MIN_SIZE = 7
+MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])  # (row, column) of up, right, down, left
+ARROWS = "^>v<"
+Position = tuple[int, int]
+
+
+class FourRoomMaze:
+    """Geometry and dynamics of a four-room maze of `size` x `size` cells (S = size**2 cells, A = 4 actions).
+
+    `start` and `goal` are (row, column), where negative numbers count from the end; `start` may be "random", any free
+    cell but the goal.
+
+    free:              (S,) bool, the cells that are no wall
+    starts:            (n,) the cells in which an episode may start
+    goal:              the cell that ends the episode
+    next_cell:         (S, A) the forward dynamics (a wall cell, and the terminal goal, lead to themselves)
+    predecessors:      (S, A, 2) the exact backward dynamics: the cells from which `action` leads into a cell. There are
+                       at most two, first the neighbour, then, where the agent bumps into a wall, the cell itself; -1
+                       fills the rest. The goal is terminal, so it precedes nothing.
+    num_predecessors:  (S, A) how many of the two there are
+
+    Raises ValueError for a size below 7, and for a start or goal in a wall, outside the maze, or the same.
+    """
+
+    def __init__(self, size: int, start: Position | Literal["random"] = (1, 1), goal: Position = (-2, -2)):
+        if size < MIN_SIZE:
+            raise ValueError(f"size must be at least {MIN_SIZE} for four rooms, got {size}")
+        middle, last = size // 2, size - 1
+        free = np.zeros((size, size), dtype=bool)
+        free[1:last, 1:last] = True
+        free[middle, :] = free[:, middle] = False
+        for door in (middle // 2, (middle + last) // 2):
+            free[middle, door] = free[door, middle] = True
+
+        self.size = size
+        self.free = free.ravel()
+        self.goal = self._cell("goal", goal)
+        if start == "random":
+            self.starts = np.flatnonzero(self.free & (np.arange(size**2) != self.goal))
+        else:
+            self.starts = np.array([self._cell("start", start)])
+        if self.goal in self.starts:
+            raise ValueError(f"start and goal must differ, both are {goal}")
+
+        cells = np.arange(size**2)
+        neighbours = cells[:, None] + MOVES @ (size, 1)
+        blocked = ~self.free[neighbours % size**2] | ~self.free[:, None] | (cells == self.goal)[:, None]
+        self.next_cell = np.where(blocked, cells[:, None], neighbours)
+
+        self.predecessors = np.full((size**2, len(MOVES), 2), -1)
+        self.num_predecessors = np.zeros((size**2, len(MOVES)), dtype=np.int64)
+        sources, actions = np.nonzero((self.free & (cells != self.goal))[:, None] & np.ones(len(MOVES), dtype=bool))
+        targets = self.next_cell[sources, actions]
+        for bump in (False, True):  # at most one neighbour and one bump lead into each (cell, action)
+            led = (targets == sources) == bump
+            into = targets[led], actions[led]
+            self.predecessors[*into, self.num_predecessors[into]] = sources[led]
+            self.num_predecessors[into] += 1
+
+    def _cell(self, name: str, position: Position) -> int:
+        row, column = (int(p) + self.size * (p < 0) for p in position)
+        inside = 0 <= row < self.size and 0 <= column < self.size
+        if not (inside and self.free[row * self.size + column]):
+            raise ValueError(
+                f"{name} must be a free cell (row, column) of the {self.size} x {self.size} maze, got {position}"
+            )
+        return row * self.size + column
+
+    def start_cells(self, seeds: np.ndarray, episodes: np.ndarray) -> np.ndarray:
+        """The cells in which the given episodes of environments with the given seeds start, all as uint64 arrays.
+
+        A hash of (seed, episode), SplitMix64 (Steele et al., 2014), in place of a random stream: it is drawn for many
+        environments at once, and one environment's starts do not depend on how many run beside it.
+        """
+        bits = seeds + (episodes + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return self.starts[(bits ^ (bits >> np.uint64(31))) % np.uint64(len(self.starts))]
+
+    def text(self, agent: int | None = None) -> str:
+        """The maze as lines of text: # wall, S start, G goal, A agent."""
+        symbols = np.where(self.free, ".", "#")
+        if len(self.starts) == 1:
+            symbols[self.starts] = "S"
+        symbols[self.goal] = "G"
+        if agent is not None:
+            symbols[agent] = "A"
+        return "\n".join("".join(row) for row in symbols.reshape(self.size, self.size))
+
+    def image(self, agent: int | None = None, pixels: int = 16) -> np.ndarray:
+        """The maze as an RGB image of `pixels` x `pixels` a cell, (size * pixels, size * pixels, 3) uint8."""
+        colours = {"#": (51, 51, 51), ".": (250, 250, 250), "S": (160, 200, 235), "G": (60, 160, 90), "A": (213, 94, 0)}
+        image = np.array(
+            [[colours[symbol] for symbol in line] for line in self.text(agent).splitlines()], dtype=np.uint8
+        )
+        return image.repeat(pixels, axis=0).repeat(pixels, axis=1)
+
+
+class FourRoomEnv(gym.Env):
+    """One four-room maze; see the top of this file for the dynamics.
+
+    Observation: the agent's cell, Discrete(size**2). Action: Discrete(4). Reward: -`step_penalty` for every step, plus
+    `goal_reward` for the one that reaches the goal and so terminates the episode; `max_steps` (default size**2)
+    truncate it.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 10}
+
+    def __init__(
+        self,
+        size: int = 11,
+        start: Position | Literal["random"] = (1, 1),
+        goal: Position = (-2, -2),
+        goal_reward: float = 5.0,
+        step_penalty: float = 0.01,
+        max_steps: int | None = None,
+        render_mode: str | None = None,
+    ):
+        self.maze = FourRoomMaze(size, start, goal)
+        self.goal_reward, self.step_penalty = goal_reward, step_penalty
+        self.max_steps = _checked_max_steps(max_steps, size)
+        self.render_mode = render_mode
+        self.observation_space = spaces.Discrete(size**2)
+        self.action_space = spaces.Discrete(len(MOVES))
+        self.episode = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.episode = 0
+        seeds = np.array([self.np_random_seed % 2**64], dtype=np.uint64)
+        self.cell = int(self.maze.start_cells(seeds, np.array([self.episode], dtype=np.uint64))[0])
+        self.steps = 0
+        self.episode += 1
+        return self.cell, {}
+
+    def step(self, action: int):
+        if not self.action_space.contains(action):
+            raise ValueError(f"action must be 0 (up), 1 (right), 2 (down) or 3 (left), got {action}")
+        self.cell = int(self.maze.next_cell[self.cell, action])
+        self.steps += 1
+        terminated = self.cell == self.maze.goal
+        truncated = self.steps >= self.max_steps and not terminated
+        return self.cell, terminated * self.goal_reward - self.step_penalty, terminated, truncated, {}
+
+    def render(self):
+        if self.render_mode == "ansi":
+            return self.maze.text(self.cell)
+        if self.render_mode == "rgb_array":
+            return self.maze.image(self.cell)
+
+
+class FourRoomVectorEnv(VectorEnv):
+    """`num_envs` four-room mazes stepped as arrays: the same trajectories as that many `FourRoomEnv`.
+
+    An episode that ends is reset within the same step; its true last observation is in `infos["final_obs"]`, as in
+    Gymnasium's own vector environments. Environment i is seeded with seed + i.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        size: int = 11,
+        start: Position | Literal["random"] = (1, 1),
+        goal: Position = (-2, -2),
+        goal_reward: float = 5.0,
+        step_penalty: float = 0.01,
+        max_steps: int | None = None,
+    ):
+        self.num_envs = num_envs
+        self.maze = FourRoomMaze(size, start, goal)
+        self.goal_reward, self.step_penalty = goal_reward, step_penalty
+        self.max_steps = _checked_max_steps(max_steps, size)
+        self.single_observation_space = spaces.Discrete(size**2)
+        self.single_action_space = spaces.Discrete(len(MOVES))
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.seeds = None
+
+    def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None):
+        if isinstance(seed, int | np.integer):
+            seed = [seed + i for i in range(self.num_envs)]
+        if seed is None and self.seeds is None:
+            seed = [None] * self.num_envs
+        if seed is not None:
+            if len(seed) != self.num_envs:
+                raise ValueError(f"seed must be a number or a list of {self.num_envs}, got {seed}")
+            entropy = np.random.SeedSequence().generate_state(self.num_envs, np.uint64).tolist()
+            seed = [drawn if given is None else int(given) % 2**64 for given, drawn in zip(seed, entropy, strict=True)]
+            self.seeds, self.episodes = np.array(seed, dtype=np.uint64), np.zeros(self.num_envs, dtype=np.uint64)
+        self.cells = self.maze.start_cells(self.seeds, self.episodes)
+        self.episodes = self.episodes + np.uint64(1)
+        self.steps = np.zeros(self.num_envs, dtype=np.int64)
+        return self.cells.copy(), {}
+
+    def step(self, actions: np.ndarray):
+        actions = np.asarray(actions)
+        if actions.shape != (self.num_envs,) or not ((actions >= 0) & (actions < len(MOVES))).all():
+            raise ValueError(f"actions must be {self.num_envs} of 0 (up), 1 (right), 2 (down), 3 (left), got {actions}")
+        self.cells = self.maze.next_cell[self.cells, actions]
+        self.steps += 1
+        terminated = self.cells == self.maze.goal
+        truncated = (self.steps >= self.max_steps) & ~terminated
+        rewards = terminated * self.goal_reward - self.step_penalty
+        infos = {}
+        done = terminated | truncated
+        if done.any():
+            infos["final_obs"] = np.where(done, self.cells.astype(object), None)
+            infos["_final_obs"] = done
+            infos["final_info"], infos["_final_info"] = {}, done.copy()
+            self.cells[done] = self.maze.start_cells(self.seeds[done], self.episodes[done])
+            self.episodes[done] += np.uint64(1)
+            self.steps[done] = 0
+        return self.cells.copy(), rewards, terminated, truncated, infos
+
+    def get_state(self) -> dict[str, list[int]]:
+        """All that changes from step to step, for a checkpoint."""
+        return {name: getattr(self, name).tolist() for name in ("seeds", "episodes", "cells", "steps")}
+
+    def set_state(self, state: dict[str, list[int]]) -> None:
+        """Goes on from where `get_state` was called."""
+        self.seeds, self.episodes = (np.array(state[name], dtype=np.uint64) for name in ("seeds", "episodes"))
+        self.cells, self.steps = (np.array(state[name], dtype=np.int64) for name in ("cells", "steps"))
+
+
+def _checked_max_steps(max_steps: int | None, size: int) -> int:
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    return size**2 if max_steps is None else max_steps
+
+
+def draw_cells(maze: FourRoomMaze, values: np.ndarray, title: str = "", arrows: np.ndarray | None = None):
+    """Draws any quantity per cell over the maze, as in Figures 3 and 10, and returns the matplotlib Figure.
+
+    values: (S,), NaN where there is nothing to show. arrows: (S, A) weights of the actions; each cell gets one arrow
+    along their mean direction.
+    """
+    from matplotlib.figure import Figure  # the environments themselves need no matplotlib
+
+    grid = (maze.size, maze.size)
+    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(np.where(maze.free, 1.0, 0.2).reshape(grid), cmap="gray", vmin=0, vmax=1)
+    heat = axes.imshow(np.ma.masked_where(~maze.free | np.isnan(values), values).reshape(grid), cmap="viridis")
+    figure.colorbar(heat, ax=axes, shrink=0.9)
+    if arrows is not None:
+        rows, columns = np.divmod(np.flatnonzero(arrows.sum(axis=1) > 0), maze.size)
+        weights = arrows.reshape(*grid, -1)[rows, columns]
+        down, right = (weights / weights.sum(axis=1, keepdims=True) @ MOVES).T
+        axes.quiver(columns, rows, right, -down, color="white", pivot="mid", scale=1.2 * maze.size, width=0.006)
+    for name, cells in (("S", maze.starts), ("G", [maze.goal])):
+        if len(cells) == 1:
+            row, column = divmod(int(cells[0]), maze.size)
+            axes.text(column, row, name, color="#d55e00", weight="bold", ha="center", va="center")
+    axes.set(title=title, xticks=[], yticks=[])
+    return figure
