@@ -29,6 +29,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -52,7 +53,7 @@ class Args:
     seed: int = 1
     """seed of networks, environments and all sampling"""
     total_timesteps: int | None = None
-    """environment steps in all, over all environments (40 000 if not given); may grow with --resume"""
+    """environment steps in all, over all environments (100 000 if not given); may grow with --resume"""
     run_dir: Path | None = None
     """folder of this run; runs/<env>__<script>__<recall>__seed<seed>__<time> if not given"""
     resume: Path | None = None
@@ -77,11 +78,11 @@ class Args:
     """Gymnasium id of a four-room maze"""
     size: int = 15
     """cells along each side of the maze, walls included (paper: 11, 12, 13, 14, 15, 19)"""
-    num_envs: int = 16
+    num_envs: int = 4
     """environments stepped side by side"""
 
     # actor-critic
-    num_steps: int = 5
+    num_steps: int = 64
     """steps of each environment between two updates"""
     learning_rate: float = 7e-4
     """step size of RMSprop for the actor and the critic"""
@@ -103,7 +104,7 @@ class Args:
     start_states: Literal["reward", "value", "goal"] = "reward"
     """where traces start: states that received a high reward (on-policy rule of 2.1), the state that the critic values
     most (Alg. 2), or the goal, if it is known ahead of time (4)"""
-    num_traces: int = 64
+    num_traces: int = 32
     """N, recall traces per imitation update"""
     trace_length: int = 25
     """longest trace in steps; one that reaches the cell where its episode began ends there"""
@@ -113,11 +114,11 @@ class Args:
     """imitation updates per recall phase, each with new traces (App. H, Fig. 18)"""
     backtracking_updates: int = 1
     """backtracking model updates per recall phase"""
-    backtracking_batch_size: int = 512
+    backtracking_batch_size: int = 128
     """(state, action, next state) tuples per backtracking model update"""
-    backtracking_lr: float = 3e-3
+    backtracking_lr: float = 1e-2
     """step size of Adam for the backtracking model (beta in Alg. 1)"""
-    imitation_lr: float = 3e-3
+    imitation_lr: float = 1e-2
     """step size of Adam for the imitation of traces"""
     top_trajectories: int = 10
     """k_traj, trajectories with the highest return that are kept in the buffer"""
@@ -139,25 +140,37 @@ def mlp(first: nn.Module, hidden: int, outputs: int, activation: type[nn.Module]
 
 
 class Actor(nn.Module):
-    """pi_theta(a | s), from cells (...) to action logits (..., A)."""
+    """pi_theta(a | s), from cells (B,) to action logits (B, A).
+
+    A maze has few cells, and the policy stands still between two updates: `everywhere`, the logits of all cells (S, A),
+    serves all steps of a rollout, and costs less than a forward pass over its states. So it does for the critic.
+    """
 
     def __init__(self, num_cells: int, num_actions: int, hidden: int = 64):
         super().__init__()
         self.net = mlp(nn.Embedding(num_cells, hidden), hidden, num_actions, nn.Tanh, gain=0.01)
+        self.register_buffer("cells", torch.arange(num_cells), persistent=False)
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
         return self.net(cells)
 
+    def everywhere(self) -> torch.Tensor:
+        return self(self.cells)
+
 
 class Critic(nn.Module):
-    """V(s), from cells (...) to values (...)."""
+    """V(s), from cells (B,) to values (B,)."""
 
     def __init__(self, num_cells: int, hidden: int = 64):
         super().__init__()
         self.net = mlp(nn.Embedding(num_cells, hidden), hidden, 1, nn.Tanh, gain=1.0)
+        self.register_buffer("cells", torch.arange(num_cells), persistent=False)
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
         return self.net(cells).squeeze(-1)
+
+    def everywhere(self) -> torch.Tensor:
+        return self(self.cells)
 
 
 class BacktrackingModel(nn.Module):
@@ -210,15 +223,19 @@ class BacktrackingModel(nn.Module):
         if self.state_predictor is None:
             return self.predecessors[next_cells, actions]
         device = self.cells.device
-        return sample(
-            self.state_log_probs(as_tensor(actions, device), as_tensor(next_cells, device)).exp().cpu().numpy(), rng
-        )
+        log_probs = self.state_log_probs(as_tensor(actions, device), as_tensor(next_cells, device))
+        return sample(thresholds(log_probs.exp().cpu().numpy()), rng)
 
 
-def sample(probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One index for each row of `probs` (n, k), by inverting its cumulative sum; never one of probability 0."""
+def thresholds(probs: np.ndarray) -> np.ndarray:
+    """Cumulative probabilities of rows (n, k), without the last, (n, k - 1): between them lie the indices to sample."""
     cumulative = probs.cumsum(axis=1)
-    return (rng.random((len(probs), 1)) * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)
+    return cumulative[:, :-1] / cumulative[:, -1:]  # so that rounding never gives an index of probability 0
+
+
+def sample(thresholds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One index for each row of `thresholds` (n, k - 1), (n,)."""
+    return (rng.random((len(thresholds), 1)) >= thresholds).sum(axis=1)
 
 
 def as_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
@@ -226,6 +243,17 @@ def as_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ experience
+
+
+class Rollout(NamedTuple):
+    """What `num_steps` steps of all environments gave, arrays (num_steps, num_envs)."""
+
+    cells: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_cells: np.ndarray  # the true ones, also where an episode ended
+    terminated: np.ndarray
+    truncated: np.ndarray
 
 
 class Tuples(NamedTuple):
@@ -242,44 +270,44 @@ class Tuples(NamedTuple):
 class TrajectoryBuffer:
     """B: the `capacity` trajectories of highest return that found something of value, and the episodes under way.
 
-    Elite retention (App. C): a new trajectory replaces the worst one; of two equals the older one goes.
+    Elite retention (App. C): once B is full, a new trajectory has to be better than the worst one, which it replaces.
     """
 
-    def __init__(self, capacity: int, num_envs: int, max_steps: int, gamma: float):
+    def __init__(self, capacity: int, num_envs: int, gamma: float):
         self.capacity, self.gamma = capacity, gamma
         self.best: list[tuple[float, Tuples]] = []  # (return, tuples), worst first
-        self.lengths = np.zeros(num_envs, dtype=np.int64)
-        self.cells = np.zeros((num_envs, max_steps + 1), dtype=np.int64)
-        self.actions = np.zeros((num_envs, max_steps), dtype=np.int64)
-        self.rewards = np.zeros((num_envs, max_steps))
+        self.under_way = [np.zeros((0, 4)) for _ in range(num_envs)]  # rows (s_t, a_t, r_t, s_{t+1})
 
-    def add(self, cells, actions, rewards, next_cells, done) -> list[tuple[float, int]]:
-        """Appends a step of every environment, arrays (num_envs,); gives (return, length) of each episode it ended."""
-        rows, ended = np.arange(len(cells)), []
-        self.cells[rows, self.lengths], self.cells[rows, self.lengths + 1] = cells, next_cells
-        self.actions[rows, self.lengths], self.rewards[rows, self.lengths] = actions, rewards
-        self.lengths += 1
-        for i in np.flatnonzero(done):
-            length = int(self.lengths[i])
-            ended.append((float(self.rewards[i, :length].sum()), length))
-            if self.rewards[i, :length].max() > 0:
-                self.best.append((ended[-1][0], self._tuples(i, length)))
-        self.best.sort(key=lambda trajectory: trajectory[0])
-        del self.best[: -self.capacity]
-        self.lengths[done] = 0
+    def add(self, rollout: Rollout) -> list[tuple[float, int]]:
+        """Adds a rollout; returns (return, length) of every episode that ended in it."""
+        rows = np.stack((rollout.cells, rollout.actions, rollout.rewards, rollout.next_cells), axis=-1)
+        ended = []
+        for i in range(len(self.under_way)):
+            ends = np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1
+            *episodes, rest = np.split(rows[:, i], ends)
+            if episodes:
+                episodes[0] = np.concatenate((self.under_way[i], episodes[0]))
+                self.under_way[i] = rest
+            else:
+                self.under_way[i] = np.concatenate((self.under_way[i], rest))
+            for episode in episodes:
+                ended.append((float(episode[:, 2].sum()), len(episode)))
+                if episode[:, 2].max() > 0 and (len(self.best) < self.capacity or ended[-1][0] > self.best[0][0]):
+                    self.best = sorted([*self.best, (ended[-1][0], self._tuples(episode))], key=lambda b: b[0])
+                    del self.best[: -self.capacity]
         return ended
 
-    def _tuples(self, i: int, length: int) -> Tuples:
-        """Environment i's episode. A cell that it visited several times counts once, with the last visit.
+    def _tuples(self, episode: np.ndarray) -> Tuples:
+        """The tuples of an episode (T, 4). A cell that it visited several times counts once, with the last visit.
 
         That is its most valuable one: what came before it was a loop (or a bump into a wall), which no trace needs.
         """
-        cells, actions, rewards = (array[i, :length] for array in (self.cells, self.actions, self.rewards))
-        discounts = self.gamma ** np.arange(length)
-        values = np.cumsum((discounts * rewards)[::-1])[::-1] / discounts
-        last = np.sort(length - 1 - np.unique(cells[::-1], return_index=True)[1])
-        first_cells = np.full(length, cells[0])
-        return Tuples(*(a[last] for a in (cells, actions, self.cells[i, 1:], rewards, values, first_cells)))
+        cells, actions, next_cells = episode[:, [0, 1, 3]].T.astype(np.int64)
+        discounts = self.gamma ** np.arange(len(episode))
+        values = np.cumsum((discounts * episode[:, 2])[::-1])[::-1] / discounts
+        last = np.sort(len(episode) - 1 - np.unique(cells[::-1], return_index=True)[1])
+        columns = (cells, actions, next_cells, episode[:, 2], values, np.full_like(cells, cells[0]))
+        return Tuples(*(column[last] for column in columns))
 
     def most_valuable(self, fraction: float) -> Tuples:
         """The given fraction of all tuples in B, those of the highest value."""
@@ -288,72 +316,62 @@ class TrajectoryBuffer:
         return Tuples(*(column[best] for column in tuples))
 
     def state_dict(self) -> dict:
-        arrays = {name: as_tensor(getattr(self, name), "cpu") for name in ("lengths", "cells", "actions", "rewards")}
-        return arrays | {"best": [(value, [as_tensor(a, "cpu") for a in tuples]) for value, tuples in self.best]}
+        best = [(value, [as_tensor(column, "cpu") for column in tuples]) for value, tuples in self.best]
+        return {"best": best, "under_way": [as_tensor(rows, "cpu") for rows in self.under_way]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best = [(value, Tuples(*(a.numpy() for a in tuples))) for value, tuples in state["best"]]
-        for name in ("lengths", "cells", "actions", "rewards"):
-            setattr(self, name, state[name].numpy())
+        self.best = [(value, Tuples(*(column.numpy() for column in tuples))) for value, tuples in state["best"]]
+        self.under_way = [rows.numpy() for rows in state["under_way"]]
 
 
 # ------------------------------------------------------------------------------------------------------ actor-critic
 
 
-class Rollout(NamedTuple):
-    """What `num_steps` steps of all environments gave, arrays (num_steps, num_envs)."""
-
-    cells: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    next_cells: np.ndarray  # the true ones, also where an episode ended
-    done: np.ndarray  # terminated or truncated
-    terminated: np.ndarray
-
-
 @torch.no_grad()
-def policy_table(actor: Actor, num_cells: int, device: str) -> np.ndarray:
-    """pi(a | s) of every cell, (S, A): the policy stands still during a rollout, so one pass serves all its steps."""
-    return actor(torch.arange(num_cells, device=device)).softmax(-1).cpu().numpy()
+def policy_table(actor: Actor) -> np.ndarray:
+    """pi(a | s) of every cell, (S, A)."""
+    return actor.everywhere().softmax(-1).cpu().numpy()
 
 
 def collect_rollout(envs, cells: np.ndarray, policy: np.ndarray, num_steps: int, rng: np.random.Generator):
     """Steps all environments `num_steps` times with the policy (S, A); returns the Rollout and the cells after it."""
-    steps = []
-    for _ in range(num_steps):
-        actions = sample(policy[cells], rng)
-        after, rewards, terminated, truncated, infos = envs.step(actions)
-        done = terminated | truncated
-        next_cells = after.copy()
-        if done.any():
-            next_cells[done] = infos["final_obs"][done]
-        steps.append((cells, actions, rewards, next_cells, done, terminated))
-        cells = after
-    return Rollout(*map(np.stack, zip(*steps, strict=True))), cells
+    shape = (num_steps, envs.num_envs)
+    rollout = Rollout(*(np.empty(shape, dtype) for dtype in (int, int, float, int, bool, bool)))
+    policy_thresholds = thresholds(policy)
+    for t in range(num_steps):
+        actions = sample(policy_thresholds[cells], rng)
+        next_cells, rewards, terminated, truncated, infos = envs.step(actions)
+        for column, row in zip(rollout, (cells, actions, rewards, next_cells, terminated, truncated), strict=True):
+            column[t] = row
+        if "final_obs" in infos:
+            ended = infos["_final_obs"]
+            rollout.next_cells[t, ended] = infos["final_obs"][ended]
+        cells = next_cells
+    return rollout, cells
 
 
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
     """GAE (Schulman et al., 2016), (num_steps, num_envs). A time limit cuts the sum, but not the value that follows."""
     errors = rollout.rewards + gamma * next_values * ~rollout.terminated - values
+    done = rollout.terminated | rollout.truncated
     advantages, later = np.zeros_like(errors), 0.0
     for t in reversed(range(len(errors))):
-        advantages[t] = later = errors[t] + gamma * gae_lambda * ~rollout.done[t] * later
+        advantages[t] = later = errors[t] + gamma * gae_lambda * ~done[t] * later
     return advantages
 
 
 def update_actor_critic(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
     """One advantage actor-critic step on the whole rollout (Mnih et al., 2016); returns its losses."""
-    cells, actions, _, next_cells = (as_tensor(column, args.device) for column in rollout[:4])
-    values, log_probs = critic(cells), actor(cells).log_softmax(-1)
-    with torch.no_grad():
-        v, next_v = values.cpu().numpy(), critic(next_cells).cpu().numpy()
+    log_probs, values = actor.everywhere().log_softmax(-1), critic.everywhere()
+    table = values.detach().cpu().numpy()
+    v, next_v = table[rollout.cells], table[rollout.next_cells]
     advantages = generalized_advantages(rollout, v, next_v, args.gamma, args.gae_lambda)
-    returns = as_tensor(advantages + v, args.device).float()
-    advantages = as_tensor(advantages, args.device).float()
+    cells, actions = as_tensor(rollout.cells, args.device), as_tensor(rollout.actions, args.device)
+    advantages, returns = (as_tensor(array, args.device).float() for array in (advantages, advantages + v))
 
-    policy_loss = -(advantages * log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)).mean()
-    value_loss = F.mse_loss(values, returns)
-    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    policy_loss = -(advantages * log_probs[cells, actions]).mean()
+    value_loss = F.mse_loss(values[cells], returns)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)[cells].mean()
     optimizer.zero_grad()
     (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).backward()
     nn.utils.clip_grad_norm_([*actor.parameters(), *critic.parameters()], args.max_grad_norm)
@@ -390,7 +408,7 @@ def high_value_states(tuples: Tuples | None, critic: Critic, envs: FourRoomVecto
         candidates = np.flatnonzero(tuples.next_cells == envs.maze.goal)
     else:
         with torch.no_grad():
-            values = critic(as_tensor(tuples.next_cells, args.device)).cpu().numpy()
+            values = critic.everywhere().cpu().numpy()[tuples.next_cells]
         values[tuples.next_cells == envs.maze.goal] = -np.inf  # terminal, so the critic never learns its value
         candidates = np.flatnonzero(values == values.max())  # Alg. 2, line 6
     chosen = rng.choice(candidates, args.num_traces)
@@ -404,20 +422,24 @@ def recall_traces(model: BacktrackingModel, starts: np.ndarray, first_cells: np.
     Returns states and actions (length, N), ordered from the high-value state backwards, and which of them belong to a
     trace (length, N): like the trajectory that found its high-value state, a trace begins at its cell of `first_cells`.
     """
-    action_probs = model.action_log_probs(model.cells).exp().cpu().numpy()  # of every cell, one pass for all steps
-    states, in_trace, steps = starts, np.ones(len(starts), dtype=bool), []
-    for _ in range(length):
-        actions = sample(action_probs[states], rng)  # a_t ~ q(a_t | s_{t+1})
-        states = model.sample_states(actions, states, rng)  # s_t ~ q(s_t | a_t, s_{t+1})
-        steps.append((states, actions, in_trace))
-        in_trace = in_trace & (states != first_cells)
-    return tuple(map(np.stack, zip(*steps, strict=True)))
+    # One forward pass for the actions of all cells serves all steps.
+    action_thresholds = thresholds(model.action_log_probs(model.cells).exp().cpu().numpy())
+    shape = (length, len(starts))
+    states, actions, in_trace = np.empty(shape, dtype=int), np.empty(shape, dtype=int), np.ones(shape, dtype=bool)
+    next_states = starts
+    for t in range(length):
+        actions[t] = sample(action_thresholds[next_states], rng)  # a_t ~ q(a_t | s_{t+1})
+        states[t] = model.sample_states(actions[t], next_states, rng)  # s_t ~ q(s_t | a_t, s_{t+1})
+        next_states = states[t]
+    in_trace[1:] = ~np.logical_or.accumulate(states == first_cells)[:-1]
+    return states, actions, in_trace
 
 
 def imitate(actor: Actor, optimizer, states, actions, in_trace, device: str) -> dict[str, float]:
     """One step that raises log pi(a | s) on the traces (Alg. 1, lines 12 and 13); returns its loss."""
-    logits = actor(as_tensor(states[in_trace], device))
-    loss = F.cross_entropy(logits, as_tensor(actions[in_trace], device))  # Eq. (3), the mean over all pairs
+    log_probs = actor.everywhere().log_softmax(-1)
+    pairs = as_tensor(states[in_trace], device), as_tensor(actions[in_trace], device)
+    loss = -log_probs[pairs].mean()  # Eq. (3), its mean over the pairs
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -446,11 +468,12 @@ def play(envs: FourRoomVectorEnv, policy: np.ndarray, seed: int, rng: np.random.
     Returns returns, lengths and successes (num_envs,), and the visits of every cell (S,).
     """
     cells, _ = envs.reset(seed=seed)
+    policy_thresholds = thresholds(policy)
     returns, lengths, visits = np.zeros(len(cells)), np.zeros(len(cells), dtype=int), np.zeros(len(policy), dtype=int)
     going, successes = np.ones(len(cells), dtype=bool), np.zeros(len(cells), dtype=bool)
     while going.any():
         visits += np.bincount(cells[going], minlength=len(policy))
-        actions = policy[cells].argmax(axis=1) if rng is None else sample(policy[cells], rng)
+        actions = policy[cells].argmax(axis=1) if rng is None else sample(policy_thresholds[cells], rng)
         cells, rewards, terminated, truncated, _ = envs.step(actions)
         returns += going * rewards
         lengths += going
@@ -467,7 +490,7 @@ def draw_pictures(
     visits = play(envs, policy, args.seed, np.random.default_rng([args.seed, 2]))[3]
     title = f"Visits in {envs.num_envs} episodes: {(visits > 0).sum()} of {envs.maze.free.sum()} cells"
     pictures = {"visits": draw_cells(envs.maze, np.where(visits > 0, visits, np.nan), title)}
-    values = critic(torch.arange(len(policy), device=args.device)).cpu().numpy()
+    values = critic.everywhere().cpu().numpy()
     values[envs.maze.goal] = np.nan  # no action is taken there
     pictures["values"] = draw_cells(envs.maze, values, "Value of each cell under the critic")
     if traces is not None:
@@ -538,6 +561,7 @@ def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
         fail(f"--{name} must be the folder of a run of this script, with its args.json; {run_dir} is not")
     try:
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        assert {"actor", "event_sizes"} <= checkpoint.keys()
     except FileNotFoundError:
         checkpoint = None
     except Exception:  # torch.load raises a different one for every way in which a file can be damaged
@@ -557,6 +581,7 @@ def resume_run(args: Args) -> tuple[Args, dict | None]:
     if args.total_timesteps is not None and args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
     saved.total_timesteps = args.total_timesteps or saved.total_timesteps
+    check(saved)
     for file in saved.run_dir.glob("events.out.tfevents.*"):  # forget what was logged after the checkpoint
         if checkpoint and file.name in checkpoint["event_sizes"]:
             os.truncate(file, checkpoint["event_sizes"][file.name])
@@ -580,6 +605,18 @@ def replace_file(path: Path, write) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
+@contextmanager
+def catch_signals():
+    """A list that gets the number of every SIGINT and SIGTERM, so that the training loop can stop at a good place."""
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda caught_number, _: caught.append(caught_number)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def evaluate_run(args: Args) -> None:
     """--evaluate: plays greedy episodes with a trained agent, prints their returns and may write a GIF."""
     saved, checkpoint = read_run(args.evaluate, "evaluate")
@@ -588,7 +625,7 @@ def evaluate_run(args: Args) -> None:
     envs = make_envs(saved, args.eval_episodes)
     actor = Actor(*envs.maze.next_cell.shape)
     actor.load_state_dict(checkpoint["actor"])
-    policy = policy_table(actor, len(envs.maze.free), "cpu")
+    policy = policy_table(actor)
     returns, lengths, successes, _ = play(envs, policy, args.seed)
     for i in range(args.eval_episodes):
         print(f"episode {i}: return {returns[i]:.2f} in {lengths[i]} steps")
@@ -612,12 +649,11 @@ def main(args: Args) -> None:
     else:
         name = f"{args.env_id}__{Path(__file__).stem}__{args.recall}__seed{args.seed}__{int(time.time())}"
         args = replace(args, run_dir=args.run_dir or Path("runs", name))
-        args.total_timesteps = 40_000 if args.total_timesteps is None else args.total_timesteps
+        args.total_timesteps = 100_000 if args.total_timesteps is None else args.total_timesteps
         check(args)
         make_run_dir(args)
-    replace_file(
-        args.run_dir / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=4, default=str))
-    )
+    arguments = json.dumps(asdict(args), indent=4, default=str)
+    replace_file(args.run_dir / "args.json", lambda path: path.write_text(arguments))
 
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(True)
@@ -628,7 +664,7 @@ def main(args: Args) -> None:
     actor, critic = Actor(num_cells, num_actions).to(args.device), Critic(num_cells).to(args.device)  # Alg. 1, line 1
     weights = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.RMSprop(weights, lr=args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
-    buffer = TrajectoryBuffer(args.top_trajectories, args.num_envs, envs.max_steps, args.gamma)
+    buffer = TrajectoryBuffer(args.top_trajectories, args.num_envs, args.gamma)
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "buffer": buffer}
     rngs = {"rollout": np.random.default_rng([args.seed, 0])}
     if args.recall != "none":
@@ -666,7 +702,7 @@ def main(args: Args) -> None:
             finished.clear()
         if args.recall != "none" and buffer.best:
             scalars["recall/trace_error"] = trace_error(model, buffer.most_valuable(args.top_fraction), args.device)
-        scalars["charts/SPS"] = progress.format_dict["rate"] or 0.0
+        scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
         progress.set_postfix_str(f"return {returns.mean():.2f}, success {successes.mean():.0%}")
@@ -684,25 +720,22 @@ def main(args: Args) -> None:
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, policy)
 
-    caught = []  # signals: SIGINT and SIGTERM end the run at the next checkpoint
-    handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    batch = args.num_envs * args.num_steps
+    batch, first_step, started = args.num_envs * args.num_steps, step, time.time()
     progress = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)
-    with SummaryWriter(args.run_dir) as writer, progress:
+    with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
         while step < args.total_timesteps:  # Alg. 1, line 3
             if caught or step % args.checkpoint_every < batch:
                 save_checkpoint()
             if caught:
                 print(f"stopped at step {step}; --resume {args.run_dir} goes on from there", file=sys.stderr)
                 sys.exit(128 + caught[0])
-            policy = policy_table(actor, num_cells, args.device)
+            policy = policy_table(actor)
             if step % args.eval_every < batch:
                 log()
 
             # Alg. 1, lines 4 and 5: execute the policy, add its trajectories to B
             rollout, cells = collect_rollout(envs, cells, policy, args.num_steps, rngs["rollout"])
-            for row in zip(*rollout[:5], strict=True):
-                finished += buffer.add(*row)
+            finished += buffer.add(rollout)
             # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
             losses = update_actor_critic(actor, critic, optimizer, rollout, args)
             step += batch
@@ -728,11 +761,9 @@ def main(args: Args) -> None:
             progress.update(batch)
 
         save_checkpoint()
-        policy = policy_table(actor, num_cells, args.device)
+        policy = policy_table(actor)
         log()
         write_pictures()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     print(f"pictures, curves and the trained agent are in {args.run_dir}")
 
 

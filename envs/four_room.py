@@ -197,6 +197,8 @@ class FourRoomVectorEnv(VectorEnv):
         self.num_envs = num_envs
         self.maze = FourRoomMaze(size, start, goal)
         self.goal_reward, self.step_penalty = goal_reward, step_penalty
+        self.rewards = np.full(size**2, -step_penalty, dtype=float)  # of a step into each cell
+        self.rewards[self.maze.goal] += goal_reward
         self.max_steps = _checked_max_steps(max_steps, size)
         self.single_observation_space = spaces.Discrete(size**2)
         self.single_action_space = spaces.Discrete(len(MOVES))
@@ -222,19 +224,18 @@ class FourRoomVectorEnv(VectorEnv):
 
     def step(self, actions: np.ndarray):
         actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or not ((actions >= 0) & (actions < len(MOVES))).all():
+        if actions.shape != (self.num_envs,) or np.count_nonzero((actions < 0) | (actions >= len(MOVES))):
             raise ValueError(f"actions must be {self.num_envs} of 0 (up), 1 (right), 2 (down), 3 (left), got {actions}")
         self.cells = self.maze.next_cell[self.cells, actions]
         self.steps += 1
+        rewards = self.rewards[self.cells]
         terminated = self.cells == self.maze.goal
         truncated = (self.steps >= self.max_steps) & ~terminated
-        rewards = terminated * self.goal_reward - self.step_penalty
-        infos = {}
         done = terminated | truncated
-        if done.any():
-            infos["final_obs"] = np.where(done, self.cells.astype(object), None)
-            infos["_final_obs"] = done
-            infos["final_info"], infos["_final_info"] = {}, done.copy()
+        infos = {}
+        if np.count_nonzero(done):
+            infos = {"final_obs": np.where(done, self.cells.astype(object), None), "_final_obs": done}
+            infos |= {"final_info": {}, "_final_info": done.copy()}
             self.cells[done] = self.maze.start_cells(self.seeds[done], self.episodes[done])
             self.episodes[done] += np.uint64(1)
             self.steps[done] = 0
