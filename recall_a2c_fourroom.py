@@ -401,18 +401,17 @@ def high_value_states(tuples: Tuples | None, critic: Critic, envs: FourRoomVecto
     """N high-value states (Alg. 1, line 10), the cells where their episodes began, and their values, arrays (N,)."""
     if tuples is None:  # the goal is known ahead of time, and the agent has not been there
         return tuple(np.full(args.num_traces, fill) for fill in (envs.maze.goal, -1, envs.goal_reward))
-    values = tuples.values
+    states, values = tuples.next_cells, tuples.values
     if args.start_states == "reward":
         candidates = np.flatnonzero(tuples.rewards > 0)
     elif args.start_states == "goal":
-        candidates = np.flatnonzero(tuples.next_cells == envs.maze.goal)
-    else:
+        candidates = np.flatnonzero(states == envs.maze.goal)
+    else:  # Alg. 2, line 6
         with torch.no_grad():
-            values = critic.everywhere().cpu().numpy()[tuples.next_cells]
-        values[tuples.next_cells == envs.maze.goal] = -np.inf  # terminal, so the critic never learns its value
-        candidates = np.flatnonzero(values == values.max())  # Alg. 2, line 6
+            states, values = tuples.cells, critic.everywhere().cpu().numpy()[tuples.cells]
+        candidates = np.flatnonzero(values == values.max())
     chosen = rng.choice(candidates, args.num_traces)
-    return tuples.next_cells[chosen], tuples.first_cells[chosen], values[chosen]
+    return states[chosen], tuples.first_cells[chosen], values[chosen]
 
 
 @torch.no_grad()

@@ -329,6 +329,19 @@ def refuse(tmp_path, capfd, recwarn):
 # ------------------------------------------------------------------------------------------------------ the file
 
 
+def watch_networks(name, monkeypatch):
+    """A list that fills with each network that the script makes and what its parameters are at first, by name."""
+    module, made = importlib.import_module(name), []
+    for network in [getattr(module, n) for n in ("Actor", "Critic", "BacktrackingModel") if hasattr(module, n)]:
+
+        def build(self, *args, init=network.__init__, **kwargs):
+            init(self, *args, **kwargs)
+            made.append((self, {key: value.detach().clone() for key, value in self.named_parameters()}))
+
+        monkeypatch.setattr(network, "__init__", build)
+    return made
+
+
 @every_script
 def test_importing_does_nothing(name, tmp_path):
     """No output, no file, no look at the command line, and nothing changed for the whole process."""
@@ -359,14 +372,7 @@ def test_copied_alone_it_trains_and_every_network_changes(name, tmp_path, monkey
     assert re.fullmatch(rf"{saved['env_id']}__{name}__{saved['recall']}__seed{saved['seed']}__\d+", run.name)
     assert "recall/imitation_loss" in logged(run)
 
-    module, made = importlib.import_module(name), []
-    for network in [getattr(module, n) for n in ("Actor", "Critic", "BacktrackingModel") if hasattr(module, n)]:
-
-        def build(self, *args, init=network.__init__, **kwargs):
-            init(self, *args, **kwargs)
-            made.append((self, {key: value.detach().clone() for key, value in self.named_parameters()}))
-
-        monkeypatch.setattr(network, "__init__", build)
+    made = watch_networks(name, monkeypatch)
     assert_same(train(name, tmp_path / "here"), run)  # the command line and main(Args(...)) are the same run
     assert {type(network).__name__ for network, _ in made} >= {"Actor", "BacktrackingModel"}
     for network, initial in made:
@@ -446,10 +452,17 @@ def test_same_seed_same_bits(name, tmp_path, finished):
 
 
 @every_script
-def test_another_seed_is_another_run(name, finished):
-    other, run = finished(name, seed=2), finished(name)
-    assert differences(load(other)["actor"], load(run)["actor"]) != []
-    assert logged(other) != logged(run)
+def test_another_seed_is_another_run(name, tmp_path, monkeypatch, finished):
+    """Other networks from the start, and other experience."""
+    made = watch_networks(name, monkeypatch)
+    other, run = train(name, tmp_path / "other", seed=2), finished(name)
+    first = [initial for _, initial in made]
+    made.clear()
+    train(name, tmp_path / "short", total_timesteps=1)
+    assert len(made) == len(first)
+    for (network, initial), another in zip(made, first, strict=True):
+        assert differences(initial, another) != [], f"{type(network).__name__} starts alike"
+    assert logged(other)["charts/episodic_return"] != logged(run)["charts/episodic_return"]
 
 
 @every_script
@@ -503,6 +516,27 @@ def test_killed_before_the_first_checkpoint_and_resumed_equals_uninterrupted(nam
     (run / "checkpoint.pt").unlink()
     call(name, resume=run)
     assert_same(run, finished(name))
+
+
+@every_script
+def test_killed_while_a_checkpoint_is_written_and_resumed_equals_uninterrupted(name, tmp_path, monkeypatch, finished):
+    """The checkpoint before is still there, whole."""
+    save, sizes = torch.save, []
+
+    def write_a_part(state, path):
+        save(state, path)
+        sizes.append(path.stat().st_size)
+        if len(sizes) == 5:
+            os.truncate(path, sizes[-1] // 2)
+            raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", write_a_part)
+        with pytest.raises(InterruptedError):
+            train(name, tmp_path / "run")
+    assert 0 < load(tmp_path / "run")["step"] < SCRIPTS[name].steps
+    call(name, resume=tmp_path / "run")
+    assert_same(tmp_path / "run", finished(name))
 
 
 @every_script
