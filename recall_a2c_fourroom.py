@@ -535,19 +535,22 @@ def make_envs(args: Args, num_envs: int) -> FourRoomVectorEnv:
     return envs.unwrapped
 
 
+AT_MOST = {"gamma": 1, "gae_lambda": 1, "top_fraction": 1, "seed": 2**63 - 1, "torch_threads": 1024}
+
+
 def check(args: Args) -> None:
     """Fails on the first argument that is out of range."""
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in ("seed", "capture_video") else 1
-        most = 1 if name in ("gamma", "gae_lambda", "top_fraction") else sys.float_info.max
+        most = AT_MOST.get(name, sys.float_info.max)
         if isinstance(value, int | float) and not least <= value <= most:
-            allowed = f"from {least} to {most}" if most == 1 else f"at least {least}"
+            allowed = f"from {least} to {most}" if name in AT_MOST else f"of at least {least}"
             fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
     longest = make_envs(args, 1).max_steps
     if args.trace_length > longest:
         fail(f"--trace-length must be at most {longest}, the longest episode in this maze, got {args.trace_length}")
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not available here, --device cpu is")
 
@@ -560,11 +563,11 @@ def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
         fail(f"--{name} must be the folder of a run of this script, with its args.json; {run_dir} is not")
     try:
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        assert {"actor", "event_sizes"} <= checkpoint.keys()
+        assert len(dict(checkpoint)["actor"]["net.0.weight"]) == saved.size**2
     except FileNotFoundError:
         checkpoint = None
     except Exception:  # torch.load raises a different one for every way in which a file can be damaged
-        fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or no checkpoint")
+        fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
     saved.run_dir = run_dir
     return saved, checkpoint
 
@@ -581,21 +584,25 @@ def resume_run(args: Args) -> tuple[Args, dict | None]:
         fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
     saved.total_timesteps = args.total_timesteps or saved.total_timesteps
     check(saved)
-    for file in saved.run_dir.glob("events.out.tfevents.*"):  # forget what was logged after the checkpoint
-        if checkpoint and file.name in checkpoint["event_sizes"]:
-            os.truncate(file, checkpoint["event_sizes"][file.name])
-        else:
-            file.unlink()
     return saved, checkpoint
 
 
-def make_run_dir(args: Args) -> None:
-    if args.run_dir.exists() and not (args.run_dir.is_dir() and not any(args.run_dir.iterdir())):
-        fail(f"--run-dir must be new or empty, {args.run_dir} is not; --resume {args.run_dir} goes on with a run")
+def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
+    """Forgets what was logged after the checkpoint, at which the event files had these sizes: it is logged again."""
+    for file in run_dir.glob("events.out.tfevents.*"):
+        if file.name in sizes:
+            os.truncate(file, sizes[file.name])
+        else:
+            file.unlink()
+
+
+def make_run_dir(run_dir: Path) -> None:
     try:
-        args.run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--run-dir must be a folder that can be made, {args.run_dir} is not: {error.strerror}")
+        fail(f"--run-dir must be a folder that can be made, {run_dir} is not: {error.strerror}")
+    if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+        fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
 
 
 def replace_file(path: Path, write) -> None:
@@ -650,9 +657,7 @@ def main(args: Args) -> None:
         args = replace(args, run_dir=args.run_dir or Path("runs", name))
         args.total_timesteps = 100_000 if args.total_timesteps is None else args.total_timesteps
         check(args)
-        make_run_dir(args)
-    arguments = json.dumps(asdict(args), indent=4, default=str)
-    replace_file(args.run_dir / "args.json", lambda path: path.write_text(arguments))
+        make_run_dir(args.run_dir)
 
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(True)
@@ -677,21 +682,33 @@ def main(args: Args) -> None:
     cells, _ = envs.reset(seed=args.seed)
     step, finished, losses = 0, [], {}  # finished: (return, length) of the episodes since the last evaluation
     if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        for name, rng in rngs.items():
-            rng.bit_generator.state = checkpoint["rngs"][name]
-        envs.set_state(checkpoint["envs"])
-        cells, step = envs.cells.copy(), checkpoint["step"]
-        finished, losses = checkpoint["finished"], checkpoint["losses"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            for name, rng in rngs.items():
+                rng.bit_generator.state = checkpoint["rngs"][name]
+            envs.set_state(checkpoint["envs"])
+            step, finished, losses = checkpoint["step"], checkpoint["finished"], checkpoint["losses"]
+        except (KeyError, RuntimeError, ValueError):
+            fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run")
+        cells = envs.cells.copy()
+    cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
+    arguments = json.dumps(asdict(args), indent=4, default=str)
+    replace_file(args.run_dir / "args.json", lambda path: path.write_text(arguments))
 
     def save_checkpoint() -> None:
+        modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+        if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
+            stop_with_bad_loss(max(losses, key=lambda name: abs(losses[name])))
         writer.flush()
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}, "envs": envs.get_state()}
         event_sizes = {file.name: file.stat().st_size for file in args.run_dir.glob("events.out.tfevents.*")}
         state |= {"step": step, "finished": finished, "losses": losses, "event_sizes": event_sizes}
         replace_file(args.run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def stop_with_bad_loss(name: str) -> None:
+        sys.exit(f"error: {name} is {losses[name]} at step {step}; {args.run_dir} keeps the last good checkpoint")
 
     def log() -> None:
         returns, _, successes, _ = play(eval_envs, policy, args.seed)
@@ -736,7 +753,7 @@ def main(args: Args) -> None:
             rollout, cells = collect_rollout(envs, cells, policy, args.num_steps, rngs["rollout"])
             finished += buffer.add(rollout)
             # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
-            losses = update_actor_critic(actor, critic, optimizer, rollout, args)
+            losses |= update_actor_critic(actor, critic, optimizer, rollout, args)
             step += batch
 
             of_value = buffer.best or args.start_states == "goal"
@@ -754,9 +771,9 @@ def main(args: Args) -> None:
                     losses |= imitate(actor, imitation_optimizer, *traces, args.device)
                 losses["recall/start_value"] = float(values.mean())
 
-            for name, loss in losses.items():
-                if not np.isfinite(loss):
-                    sys.exit(f"error: {name} is {loss} at step {step}; {args.run_dir} keeps the last good checkpoint")
+            for name in losses:
+                if not np.isfinite(losses[name]):
+                    stop_with_bad_loss(name)
             progress.update(batch)
 
         save_checkpoint()

@@ -34,7 +34,7 @@ class Script(NamedTuple):
     arguments: dict  # small ones, with which a run of that many steps recalls
     needs: tuple[str, ...] = ()  # local folders
     refused: tuple[tuple[str, dict], ...] = ()  # further bad input: (flag that the error names, arguments)
-    left_out: frozenset[str] = frozenset()  # flags, tags and places of the paper that have no meaning for this script
+    left_out: frozenset[str] = frozenset()  # flags, tags and places of the paper that it rightly lacks
 
 
 SCRIPTS = {
@@ -66,8 +66,6 @@ PACKAGES = {"PIL": "pillow", "torch.utils.tensorboard": "tensorboard"}  # module
 LIMITS = ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "trace_length")
 LIMITS += ("num_traces", "recall_every", "torch_threads")  # flags that refuse 0
 
-every_script = pytest.mark.parametrize("name", SCRIPTS)
-
 
 # ------------------------------------------------------------------------------------------------------ the source
 
@@ -91,6 +89,10 @@ def arg_fields(name):
 def recall_modes(name):
     """The values of --recall that a script has."""
     return re.findall(r"'(\w+)'", arg_fields(name).get("recall", ("", None))[0])
+
+
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+every_recalling_script = pytest.mark.parametrize("name", [name for name in SCRIPTS if recall_modes(name)])
 
 
 def places(text):
@@ -370,18 +372,20 @@ def test_copied_alone_it_trains_and_every_network_changes(name, tmp_path, monkey
     assert {path for path in contents(home) if not path.is_relative_to(home / "runs")} == before.keys()
     saved = json.loads((run / "args.json").read_text())
     assert re.fullmatch(rf"{saved['env_id']}__{name}__{saved['recall']}__seed{saved['seed']}__\d+", run.name)
-    assert "recall/imitation_loss" in logged(run)
 
     made = watch_networks(name, monkeypatch)
     assert_same(train(name, tmp_path / "here"), run)  # the command line and main(Args(...)) are the same run
-    assert {type(network).__name__ for network, _ in made} >= {"Actor", "BacktrackingModel"}
     for network, initial in made:
         for key, value in network.named_parameters():
             assert not torch.equal(value, initial[key]), f"{type(network).__name__} {key} did not change"
-    checkpoint = load(run)
-    for part in ("actor", "backtracking_model"):
-        assert any(differences(checkpoint[part], network.cpu().state_dict()) == [] for network, _ in made), part
-    assert differences(checkpoint["actor"], load(finished(name, recall="none"))["actor"]) != []
+    checkpoint, parts = load(run), {"actor": "Actor"}
+    if recall_modes(name):
+        parts["backtracking_model"] = "BacktrackingModel"
+        assert "recall/imitation_loss" in logged(run)
+        assert differences(checkpoint["actor"], load(finished(name, recall="none"))["actor"]) != []
+    for part, network in parts.items():
+        states = [trained.cpu().state_dict() for trained, _ in made if type(trained).__name__ == network]
+        assert any(differences(checkpoint[part], state) == [] for state in states), part
 
 
 @every_script
@@ -419,7 +423,12 @@ def test_flags_are_spelt_alike_and_explained(name, capsys):
 
 @every_script
 def test_every_line_of_the_algorithm_and_every_equation_is_marked(name):
-    marked = set().union(*marked_places(name).values())
+    """Equations anywhere; the algorithm in main, so that a reader finds all of it there."""
+    marks = marked_places(name)
+    marked = set().union(*marks.values())
+    main = next(n for n in ast.parse(source(name)).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    there = set().union(*(marks.get(i, set()) for i in range(main.lineno, main.end_lineno + 1)))
+    assert {place for place in PLACES if place.startswith("Alg.")} - SCRIPTS[name].left_out - there == set()
     assert PLACES - SCRIPTS[name].left_out - marked == set()
     assert {place for place in marked if place.startswith(("Alg. 1,", "Eq."))} <= PLACES | {"Alg. 1, line 14"}
 
@@ -454,8 +463,8 @@ def test_same_seed_same_bits(name, tmp_path, finished):
 @every_script
 def test_another_seed_is_another_run(name, tmp_path, monkeypatch, finished):
     """Other networks from the start, and other experience."""
-    made = watch_networks(name, monkeypatch)
-    other, run = train(name, tmp_path / "other", seed=2), finished(name)
+    run, made = finished(name), watch_networks(name, monkeypatch)
+    other = train(name, tmp_path / "other", seed=2)
     first = [initial for _, initial in made]
     made.clear()
     train(name, tmp_path / "short", total_timesteps=1)
@@ -465,7 +474,7 @@ def test_another_seed_is_another_run(name, tmp_path, monkeypatch, finished):
     assert logged(other)["charts/episodic_return"] != logged(run)["charts/episodic_return"]
 
 
-@every_script
+@every_recalling_script
 def test_recall_flags_change_nothing_without_recall(name, tmp_path, monkeypatch, finished):
     """--recall none draws the same random numbers whatever they say, and no recall code is executed."""
     others = {"trace_length": 3, "num_traces": 5, "recall_every": 2, "recall_updates": 3, "backtracking_updates": 2}
@@ -583,12 +592,12 @@ def test_a_run_holds_arguments_checkpoint_events_and_pictures(name, finished):
     assert all(tensor.isfinite().all() for tensor in tensors(checkpoint))
 
 
-@pytest.mark.parametrize("name, recall", [(name, mode) for name in SCRIPTS for mode in recall_modes(name)])
+@pytest.mark.parametrize("name, recall", [(name, mode) for name in SCRIPTS for mode in recall_modes(name) or ["none"]])
 def test_tags_are_spelt_alike(name, recall, finished):
-    run = finished(name, recall=recall)
+    run = finished(name, **{"recall": recall} if recall_modes(name) else {})
     curves = logged(run)
     scalars = {tag for tag in curves if not tag.startswith("pictures/")} | {"charts/SPS"}
-    expected = BASE_TAGS | RECALL_TAGS.get(recall, set())
+    expected = BASE_TAGS | RECALL_TAGS[recall]
     assert expected - SCRIPTS[name].left_out <= scalars
     allowed = expected | {"eval/success_rate", "eval/coverage"}
     assert {tag for tag in scalars if not tag.startswith("losses/")} <= allowed
@@ -599,8 +608,14 @@ def test_tags_are_spelt_alike(name, recall, finished):
         steps = [step for step, _ in points]
         assert steps == sorted(set(steps)), tag
         assert tag.startswith("pictures/") or np.isfinite([value for _, value in points]).all(), tag
-    assert all(curves[tag][-1][0] >= total for tag in ("eval/return", *RECALL_TAGS.get(recall, ())))
+    assert all(curves[tag][-1][0] >= total for tag in ("eval/return", *RECALL_TAGS[recall]))
     assert len(curves["eval/return"]) == 6  # before the first step, every fifth of the run, and at its end
+
+
+@every_recalling_script
+def test_losses_of_rare_recall_phases_are_logged(name, tmp_path):
+    curves = logged(train(name, tmp_path / "run", recall_every=7))
+    assert {"recall/imitation_loss", "recall/start_value"} <= curves.keys()
 
 
 @every_script
@@ -652,7 +667,7 @@ BAD_NUMBERS = [
     pytest.param(name, field, 0, id=f"{name}-{field}=0")
     for name in SCRIPTS
     for field in LIMITS
-    if field.replace("_", "-") not in SCRIPTS[name].left_out
+    if field in arg_fields(name)
 ]
 
 
@@ -668,7 +683,7 @@ BAD_ARGUMENTS = [
     pytest.param(name, flag, arguments, id=f"{name}-{arguments}")
     for name, script in SCRIPTS.items()
     for flag, arguments in (*BAD_ARGUMENTS, *script.refused)
-    if flag not in script.left_out
+    if flag.replace("-", "_") in arg_fields(name)
 ]
 
 
@@ -681,6 +696,15 @@ def test_refuses_a_bad_argument(name, flag, arguments, refuse):
 @every_script
 def test_refuses_cuda_where_there_is_none(name, refuse):
     refuse(name, "device", **settings(name, device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+@every_script
+def test_refuses_to_resume_a_run_on_cuda_where_there_is_none(name, tmp_path, refuse, finished):
+    run = Path(shutil.copytree(finished(name), tmp_path / "run"))
+    saved = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(saved | {"device": "cuda"}))
+    refuse(name, "(device|resume)", resume=run)
 
 
 @pytest.mark.parametrize("path", ["full", "full/file", "full/file/run", "name" * 100])
@@ -730,12 +754,19 @@ def save_without_actor(path):
     torch.save(checkpoint, path)
 
 
+def save_larger_actor(path):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["actor"] = {key: torch.cat((value, value)) for key, value in checkpoint["actor"].items()}
+    torch.save(checkpoint, path)
+
+
 DAMAGES = {
     "cut short": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"garbage" * 1000),
     "something else": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "incomplete": save_without_actor,
+    "of another size": save_larger_actor,
     "a bare tensor": lambda path: torch.save(torch.zeros(3), path),
     "attack": save_attack,
     "plain attack": save_plain_attack,

@@ -294,6 +294,17 @@ def test_backtracking_model_is_a_distribution_over_predecessors(recall, maze):
 
 
 @pytest.mark.parametrize("recall", RECALLS)
+def test_log_prob_of_a_tuple_does_not_depend_on_the_batch(recall):
+    """A batch of one: --top-fraction may leave a single tuple to count for the trace error."""
+    maze, model = make_model(recall)
+    tuples = random_transitions(maze, 20, np.random.default_rng(0), neighbours_only=True)
+    columns = [torch.from_numpy(column) for column in tuples[:3]]
+    with torch.no_grad():
+        one_by_one = torch.cat([model.log_prob(*(column[i : i + 1] for column in columns)) for i in range(20)])
+        torch.testing.assert_close(one_by_one, model.log_prob(*columns), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recall", RECALLS)
 def test_action_predictor_is_a_masked_categorical(recall):
     maze, model = make_model(recall)
     predecessors = exact_predecessors(maze)
@@ -553,15 +564,19 @@ class TableCritic(Critic):
             {(12, 8, 3.0): 1, (40, 8, 5.0): 2, (40, 9, 4.0): 1},
         ),  # next cell, first cell, value: how many tuples
         ("goal", {(40, 8, 5.0): 2, (40, 9, 4.0): 1}),
-        ("value", {(12, 8, 7.0): 1, (12, 9, 7.0): 1}),  # the critic's highest but that of the goal
+        ("value", {(11, 9, 7.0): 1, (33, 8, 7.0): 2}),
     ],
 )
 def test_high_value_states(start_states, expected):
-    """All tuples that qualify, each as often, with the cell where its own episode began and its own value."""
+    """States of all tuples that qualify, each as often, with the cell where its episode began and its value.
+
+    `reward` and `goal` look at the states that the tuples lead into, the critic at those in which actions were taken: it
+    learns nothing about the terminal goal.
+    """
     envs = FourRoomVectorEnv(1, size=7)
     assert envs.maze.goal == 40
     table = np.zeros(49, dtype=np.float32)
-    table[[12, 11, 40, 20]] = 7, 6, 9, 8  # cell 20 is worth more, but is in no tuple
+    table[[11, 33, 39]], table[[12, 40, 20]] = (7, 7, 6), (8, 9, 10)  # no action was taken in these
     tuples = make_tuples(
         [5, 5, 11, 5, 39, 33, 33, 39],
         [1, 1, 1, 1, 1, 2, 2, 1],
@@ -588,14 +603,15 @@ def test_high_value_state_of_a_goal_known_ahead_of_time():
     assert starts.tolist() == [40] * 5 and first_cells.tolist() == [-1] * 5 and values.tolist() == [3.0] * 5
 
 
-def test_most_valued_state_when_all_tuples_end_in_the_goal():
-    """--top-fraction may leave only the last steps: there is nothing but the goal then, whose value is finite."""
+def test_most_valued_state_when_all_tuples_lead_into_the_goal():
+    """--top-fraction may leave nothing but last steps: the critic does not value the goal, but the cells before it."""
     envs = FourRoomVectorEnv(1, size=7)
-    tuples = make_tuples([39, 33], [1, 2], [40, 40], [4.99, 4.99], [4.99, 4.99], [8, 8])
+    table = np.zeros(49, dtype=np.float32)
+    table[[33, 39, 40]] = 1, 2, 3
+    tuples = make_tuples([39, 33], [1, 2], [40, 40], [4.99, 4.99], [4.99, 4.99], [8, 9])
     args = Args(start_states="value", num_traces=5)
-    starts, _, values = script.high_value_states(tuples, Critic(49), envs, args, np.random.default_rng(0))
-    assert starts.tolist() == [40] * 5
-    assert np.isfinite(values).all()
+    found = script.high_value_states(tuples, TableCritic(table), envs, args, np.random.default_rng(0))
+    assert [column.tolist() for column in found] == [[39] * 5, [8] * 5, [2.0] * 5]
 
 
 # -------------------------------------------------------------------------------------------------- trajectory buffer
