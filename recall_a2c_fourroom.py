@@ -64,7 +64,7 @@ class Args:
     """environment steps between evaluations of the greedy policy"""
     eval_episodes: int = 10
     """episodes per evaluation"""
-    checkpoint_every: int = 10_000
+    checkpoint_every: int = 50_000
     """environment steps between checkpoints"""
     capture_video: bool = False
     """write a GIF of the greedy agent, at the end of training or with --evaluate"""
@@ -78,11 +78,11 @@ class Args:
     """Gymnasium id of a four-room maze"""
     size: int = 15
     """cells along each side of the maze, walls included (paper: 11, 12, 13, 14, 15, 19)"""
-    num_envs: int = 4
+    num_envs: int = 2
     """environments stepped side by side"""
 
     # actor-critic
-    num_steps: int = 64
+    num_steps: int = 192
     """steps of each environment between two updates"""
     learning_rate: float = 7e-4
     """step size of RMSprop for the actor and the critic"""
@@ -110,9 +110,9 @@ class Args:
     """longest trace in steps; one that reaches the cell where its episode began ends there"""
     recall_every: int = 1
     """actor-critic updates per recall phase (App. H, Fig. 17)"""
-    recall_updates: int = 1
+    recall_updates: int = 2
     """imitation updates per recall phase, each with new traces (App. H, Fig. 18)"""
-    backtracking_updates: int = 1
+    backtracking_updates: int = 2
     """backtracking model updates per recall phase"""
     backtracking_batch_size: int = 128
     """(state, action, next state) tuples per backtracking model update"""
@@ -209,7 +209,7 @@ class BacktrackingModel(nn.Module):
         """log q(s_t | a_t, s_{t+1}) of every cell, from actions and cells (B,) to (B, S)."""
         if self.state_predictor is not None:
             return self.state_predictor(torch.stack((next_cells, len(self.cells) + actions), dim=-1)).log_softmax(-1)
-        exact = as_tensor(self.predecessors[next_cells.cpu(), actions.cpu()], self.cells.device)
+        exact = as_tensor(self.predecessors[next_cells.cpu().numpy(), actions.cpu().numpy()], self.cells.device)
         return (exact.unsqueeze(-1) == self.cells).float().log()
 
     def log_prob(self, cells: torch.Tensor, actions: torch.Tensor, next_cells: torch.Tensor) -> torch.Tensor:
@@ -298,16 +298,20 @@ class TrajectoryBuffer:
         return ended
 
     def _tuples(self, episode: np.ndarray) -> Tuples:
-        """The tuples of an episode (T, 4). A cell that it visited several times counts once, with the last visit.
+        """The tuples of an episode (T, 4) without its loops: from each cell on its way, only the last exit counts.
 
-        That is its most valuable one: what came before it was a loop (or a bump into a wall), which no trace needs.
+        What came before it is a loop (or a bump into a wall), which made the state no more valuable.
         """
         cells, actions, next_cells = episode[:, [0, 1, 3]].T.astype(np.int64)
-        discounts = self.gamma ** np.arange(len(episode))
-        values = np.cumsum((discounts * episode[:, 2])[::-1])[::-1] / discounts
-        last = np.sort(len(episode) - 1 - np.unique(cells[::-1], return_index=True)[1])
+        values = episode[:, 2].copy()
+        for t in reversed(range(len(values) - 1)):
+            values[t] += self.gamma * values[t + 1]
+        last_exit = {cell: t for t, cell in enumerate(cells.tolist())}
+        way = [last_exit[int(cells[0])]]
+        while (cell := int(next_cells[way[-1]])) in last_exit:
+            way.append(last_exit[cell])
         columns = (cells, actions, next_cells, episode[:, 2], values, np.full_like(cells, cells[0]))
-        return Tuples(*(column[last] for column in columns))
+        return Tuples(*(column[way] for column in columns))
 
     def most_valuable(self, fraction: float) -> Tuples:
         """The given fraction of all tuples in B, those of the highest value."""
@@ -353,10 +357,10 @@ def collect_rollout(envs, cells: np.ndarray, policy: np.ndarray, num_steps: int,
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
     """GAE (Schulman et al., 2016), (num_steps, num_envs). A time limit cuts the sum, but not the value that follows."""
     errors = rollout.rewards + gamma * next_values * ~rollout.terminated - values
-    done = rollout.terminated | rollout.truncated
+    decay = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
     advantages, later = np.zeros_like(errors), 0.0
     for t in reversed(range(len(errors))):
-        advantages[t] = later = errors[t] + gamma * gae_lambda * ~done[t] * later
+        advantages[t] = later = errors[t] + decay[t] * later
     return advantages
 
 
@@ -661,6 +665,7 @@ def main(args: Args) -> None:
 
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and filling takes time
     envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
     maze = envs.maze
     num_cells, num_actions = maze.next_cell.shape

@@ -224,7 +224,7 @@ class FourRoomVectorEnv(VectorEnv):
 
     def step(self, actions: np.ndarray):
         actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or np.count_nonzero((actions < 0) | (actions >= len(MOVES))):
+        if actions.shape != (self.num_envs,) or np.count_nonzero(actions & ~3):  # more than the two bits of 0 to 3
             raise ValueError(f"actions must be {self.num_envs} of 0 (up), 1 (right), 2 (down), 3 (left), got {actions}")
         self.cells = self.maze.next_cell[self.cells, actions]
         self.steps += 1
@@ -279,6 +279,7 @@ def draw_cells(maze: FourRoomMaze, values: np.ndarray, title: str = "", arrows: 
     for name, cells in (("S", maze.starts), ("G", [maze.goal])):
         if len(cells) == 1:
             row, column = divmod(int(cells[0]), maze.size)
-            axes.text(column, row, name, color="#d55e00", weight="bold", ha="center", va="center")
+            box = {"boxstyle": "circle,pad=0.1", "facecolor": "white", "linewidth": 0}
+            axes.text(column, row, name, color="#d55e00", weight="bold", ha="center", va="center", bbox=box)
     axes.set(title=title, xticks=[], yticks=[])
     return figure
