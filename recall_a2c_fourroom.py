@@ -20,8 +20,8 @@ there; the policy imitates these recall traces. This file and the maze, envs/fou
     python recall_a2c_fourroom.py --recall none               # the plain actor-critic
     python recall_a2c_fourroom.py --evaluate RUN_DIR          # play the trained agent
 
-The default 15 x 15 maze is solved after about @TRUE@ environment steps, against @NONE@ of the plain actor-critic
-(interquartile means of 10 seeds); a run of 40 000 steps takes about 5 seconds on one laptop core.
+The default 15 x 15 maze is solved after about 9 000 environment steps, against 44 000 of the plain actor-critic
+(interquartile means of 10 seeds). A run of 100 000 steps takes about ten seconds on one core of a laptop.
 """
 
 import json
