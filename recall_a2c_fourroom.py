@@ -471,12 +471,12 @@ def play(envs: FourRoomVectorEnv, policy: np.ndarray, seed: int, rng: np.random.
     Returns returns, lengths and successes (num_envs,), and the visits of every cell (S,).
     """
     cells, _ = envs.reset(seed=seed)
-    policy_thresholds = thresholds(policy)
+    greedy_actions, policy_thresholds = policy.argmax(axis=1), thresholds(policy)
     returns, lengths, visits = np.zeros(len(cells)), np.zeros(len(cells), dtype=int), np.zeros(len(policy), dtype=int)
     going, successes = np.ones(len(cells), dtype=bool), np.zeros(len(cells), dtype=bool)
-    while going.any():
+    while np.count_nonzero(going):
         visits += np.bincount(cells[going], minlength=len(policy))
-        actions = policy[cells].argmax(axis=1) if rng is None else sample(policy_thresholds[cells], rng)
+        actions = greedy_actions[cells] if rng is None else sample(policy_thresholds[cells], rng)
         cells, rewards, terminated, truncated, _ = envs.step(actions)
         returns += going * rewards
         lengths += going
