@@ -742,7 +742,8 @@ def main(args: Args) -> None:
             write_video(args.run_dir / "agent.gif", args, policy)
 
     batch, first_step, started = args.num_envs * args.num_steps, step, time.time()
-    progress = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)
+    whole_batches = -(-args.total_timesteps // batch) * batch
+    progress = tqdm(total=whole_batches, initial=step, unit=" steps", disable=None)
     with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
         while step < args.total_timesteps:  # Alg. 1, line 3
             if caught or step % args.checkpoint_every < batch:
