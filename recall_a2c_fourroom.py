@@ -486,23 +486,20 @@ def play(envs: FourRoomVectorEnv, policy: np.ndarray, seed: int, rng: np.random.
 
 
 @torch.no_grad()
-def draw_pictures(
-    envs: FourRoomVectorEnv, policy: np.ndarray, critic: Critic, traces: tuple | None, args: Args
-) -> dict:
+def draw_pictures(maze: FourRoomMaze, visits: np.ndarray, critic: Critic, traces: tuple | None) -> dict:
     """Where the trained policy goes (Figures 3 and 10), what the critic expects, what is recalled: name to Figure."""
-    visits = play(envs, policy, args.seed, np.random.default_rng([args.seed, 2]))[3]
-    title = f"Visits in {envs.num_envs} episodes: {(visits > 0).sum()} of {envs.maze.free.sum()} cells"
-    pictures = {"visits": draw_cells(envs.maze, np.where(visits > 0, visits, np.nan), title)}
+    title = f"Visits in 100 episodes: {np.count_nonzero(visits)} of {maze.free.sum()} cells"
+    pictures = {"visits": draw_cells(maze, np.where(visits > 0, visits, np.nan), title)}
     values = critic.everywhere().cpu().numpy()
-    values[envs.maze.goal] = np.nan  # no action is taken there
-    pictures["values"] = draw_cells(envs.maze, values, "Value of each cell under the critic")
+    values[maze.goal] = np.nan  # no action is taken there
+    pictures["values"] = draw_cells(maze, values, "Value of each cell under the critic")
     if traces is not None:
         states, actions, in_trace = traces
-        counts = np.zeros_like(envs.maze.next_cell)
+        counts = np.zeros_like(maze.next_cell)
         np.add.at(counts, (states[in_trace], actions[in_trace]), 1)
         passed = np.where(counts.any(axis=1), counts.sum(axis=1), np.nan)
         title = f"{states.shape[1]} recall traces of up to {len(states)} steps"
-        pictures["traces"] = draw_cells(envs.maze, passed, title, arrows=counts)
+        pictures["traces"] = draw_cells(maze, passed, title, arrows=counts)
     return pictures
 
 
@@ -729,12 +726,14 @@ def main(args: Args) -> None:
         progress.set_postfix_str(f"return {returns.mean():.2f}, success {successes.mean():.0%}")
 
     def write_pictures() -> None:
+        visits = play(make_envs(args, 100), policy, args.seed, np.random.default_rng([args.seed, 2]))[3]
+        writer.add_scalar("eval/visited_cells", np.count_nonzero(visits), step)
         traces = None
         if args.recall != "none" and buffer.best:
             tuples, rng = buffer.most_valuable(args.top_fraction), np.random.default_rng([args.seed, 3])
             starts, first_cells, _ = high_value_states(tuples, critic, envs, args, rng)
             traces = recall_traces(model, starts, first_cells, args.trace_length, rng)
-        for name, figure in draw_pictures(make_envs(args, 100), policy, critic, traces, args).items():
+        for name, figure in draw_pictures(maze, visits, critic, traces).items():
             figure.savefig(args.run_dir / f"{name}.png", dpi=120)
             image = np.asarray(Image.open(args.run_dir / f"{name}.png").convert("RGB"))
             writer.add_image(f"pictures/{name}", image, step, dataformats="HWC")

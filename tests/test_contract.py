@@ -27,6 +27,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 
 
+RECALL_TRACES = frozenset({f"Alg. 1, line {i}" for i in range(1, 14)} | {f"Eq. ({i})" for i in range(1, 4)})
+SCHAUL = frozenset({f"Alg. 1, line {i}" for i in range(1, 16)} | {"Eq. (1)"})  # prioritized experience replay
+
+
 class Script(NamedTuple):
     """What the tests have to know about a script."""
 
@@ -34,8 +38,17 @@ class Script(NamedTuple):
     arguments: dict  # small ones, with which a run of that many steps recalls
     needs: tuple[str, ...] = ()  # local folders
     refused: tuple[tuple[str, dict], ...] = ()  # further bad input: (flag that the error names, arguments)
-    left_out: frozenset[str] = frozenset()  # flags, tags and places of the paper that it rightly lacks
+    left_out: frozenset[str] = frozenset()  # flags and tags that it rightly lacks
+    places: frozenset[str] = RECALL_TRACES  # the places of the paper that it implements
+    mode: str = "recall"  # the flag that chooses the method, and names the run
+    tags: frozenset[str] = frozenset()  # further ones
 
+
+FLAGS = ["seed", "total-timesteps", "env-id", "num-envs", "recall", "trace-length", "num-traces", "recall-every"]
+FLAGS += ["recall-updates", "backtracking-updates", "backtracking-batch-size", "backtracking-lr", "imitation-lr"]
+FLAGS += ["top-fraction", "top-trajectories", "eval-every", "eval-episodes", "checkpoint-every", "run-dir", "resume"]
+FLAGS += ["evaluate", "capture-video", "device", "torch-threads"]
+RECALL = ("recall", "trace", "num-traces", "backtracking", "imitation", "top")  # what flags of the method start with
 
 SCRIPTS = {
     "recall_a2c_fourroom": Script(
@@ -48,12 +61,24 @@ SCRIPTS = {
             ("trace-length", {"size": 7, "trace_length": 50}),  # an episode ends after 7 * 7 steps
         ),
     ),
+    "per_a2c_fourroom": Script(
+        steps=1200,
+        arguments={"size": 7, "num_envs": 4, "num_steps": 5, "replay_batch_size": 64},
+        needs=("envs",),
+        refused=(
+            ("size", {"size": 6}),
+            ("env-id", {"env_id": "CartPole-v1"}),
+            ("replay-batch-size", {"replay_batch_size": 101, "buffer_size": 100}),
+            ("replay-batch-size", {"size": 15, "replay_batch_size": None, "buffer_size": 999}),
+            ("priority-beta", {"priority_beta": 1.5}),
+        ),
+        left_out=frozenset(flag for flag in FLAGS if flag.startswith(RECALL)),
+        places=SCHAUL,
+        mode="priority",
+        tags=frozenset({"replay/policy_loss", "replay/value_loss", "replay/advantage"}),
+    ),
 }
 
-FLAGS = ["seed", "total-timesteps", "env-id", "num-envs", "recall", "trace-length", "num-traces", "recall-every"]
-FLAGS += ["recall-updates", "backtracking-updates", "backtracking-batch-size", "backtracking-lr", "imitation-lr"]
-FLAGS += ["top-fraction", "top-trajectories", "eval-every", "eval-episodes", "checkpoint-every", "run-dir", "resume"]
-FLAGS += ["evaluate", "capture-video", "device", "torch-threads"]
 BASE_TAGS = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/return"}
 RECALL_TAGS = {  # of each --recall
     "none": set(),
@@ -61,10 +86,10 @@ RECALL_TAGS = {  # of each --recall
 }
 RECALL_TAGS["true"] = RECALL_TAGS["random"] | {"recall/backtracking_loss", "recall/action_nll"}
 RECALL_TAGS["learned"] = RECALL_TAGS["true"] | {"recall/state_nll"}
-PLACES = {f"Alg. 1, line {i}" for i in range(1, 14)} | {f"Eq. ({i})" for i in range(1, 4)}
 PACKAGES = {"PIL": "pillow", "torch.utils.tensorboard": "tensorboard"}  # modules that are named unlike their package
 LIMITS = ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "trace_length")
 LIMITS += ("num_traces", "recall_every", "torch_threads")  # flags that refuse 0
+LIMITS += ("buffer_size", "replay_batch_size", "replay_every", "replay_updates")
 
 
 # ------------------------------------------------------------------------------------------------------ the source
@@ -88,7 +113,12 @@ def arg_fields(name):
 
 def recall_modes(name):
     """The values of --recall that a script has."""
-    return re.findall(r"'(\w+)'", arg_fields(name).get("recall", ("", None))[0])
+    return modes(name) if SCRIPTS[name].mode == "recall" else []
+
+
+def modes(name):
+    """The methods that a script has."""
+    return re.findall(r"'([\w-]+)'", arg_fields(name)[SCRIPTS[name].mode][0])
 
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
@@ -371,7 +401,7 @@ def test_copied_alone_it_trains_and_every_network_changes(name, tmp_path, monkey
     (run,) = (home / "runs").iterdir()
     assert {path for path in contents(home) if not path.is_relative_to(home / "runs")} == before.keys()
     saved = json.loads((run / "args.json").read_text())
-    assert re.fullmatch(rf"{saved['env_id']}__{name}__{saved['recall']}__seed{saved['seed']}__\d+", run.name)
+    assert re.fullmatch(rf"{saved['env_id']}__{name}__{saved[SCRIPTS[name].mode]}__seed{saved['seed']}__\d+", run.name)
 
     made = watch_networks(name, monkeypatch)
     assert_same(train(name, tmp_path / "here"), run)  # the command line and main(Args(...)) are the same run
@@ -428,9 +458,10 @@ def test_every_line_of_the_algorithm_and_every_equation_is_marked(name):
     marked = set().union(*marks.values())
     main = next(n for n in ast.parse(source(name)).body if isinstance(n, ast.FunctionDef) and n.name == "main")
     there = set().union(*(marks.get(i, set()) for i in range(main.lineno, main.end_lineno + 1)))
-    assert {place for place in PLACES if place.startswith("Alg.")} - SCRIPTS[name].left_out - there == set()
-    assert PLACES - SCRIPTS[name].left_out - marked == set()
-    assert {place for place in marked if place.startswith(("Alg. 1,", "Eq."))} <= PLACES | {"Alg. 1, line 14"}
+    expected = SCRIPTS[name].places
+    assert {place for place in expected if place.startswith("Alg.")} - there == set()
+    assert expected - marked == set()
+    assert {place for place in marked if place.startswith(("Alg. 1,", "Eq."))} <= expected | {"Alg. 1, line 14"}
 
 
 @every_script
@@ -449,7 +480,7 @@ def test_the_map_in_the_docs_is_true(name):
         near = set().union(*(marks.get(i, set()) for i in range(number - 6, number + 1)))
         assert place <= near, f"not marked there: {row}"
         mapped |= place
-    assert PLACES - SCRIPTS[name].left_out - mapped == set()
+    assert SCRIPTS[name].places - mapped == set()
 
 
 # ------------------------------------------------------------------------------------------------------ the same bits
@@ -592,14 +623,15 @@ def test_a_run_holds_arguments_checkpoint_events_and_pictures(name, finished):
     assert all(tensor.isfinite().all() for tensor in tensors(checkpoint))
 
 
-@pytest.mark.parametrize("name, recall", [(name, mode) for name in SCRIPTS for mode in recall_modes(name) or ["none"]])
-def test_tags_are_spelt_alike(name, recall, finished):
-    run = finished(name, **{"recall": recall} if recall_modes(name) else {})
+@pytest.mark.parametrize("name, mode", [(name, mode) for name in SCRIPTS for mode in modes(name)])
+def test_tags_are_spelt_alike(name, mode, finished):
+    run = finished(name, **{SCRIPTS[name].mode: mode})
     curves = logged(run)
     scalars = {tag for tag in curves if not tag.startswith("pictures/")} | {"charts/SPS"}
-    expected = BASE_TAGS | RECALL_TAGS[recall]
+    own = RECALL_TAGS.get(mode, set()) | SCRIPTS[name].tags
+    expected = BASE_TAGS | own
     assert expected - SCRIPTS[name].left_out <= scalars
-    allowed = expected | {"eval/success_rate", "eval/coverage"}
+    allowed = expected | {"eval/success_rate", "eval/coverage", "eval/visited_cells"}
     assert {tag for tag in scalars if not tag.startswith("losses/")} <= allowed
     assert any(tag.startswith("losses/") for tag in scalars)
     assert any(tag.startswith("pictures/") for tag in curves)
@@ -608,7 +640,7 @@ def test_tags_are_spelt_alike(name, recall, finished):
         steps = [step for step, _ in points]
         assert steps == sorted(set(steps)), tag
         assert tag.startswith("pictures/") or np.isfinite([value for _, value in points]).all(), tag
-    assert all(curves[tag][-1][0] >= total for tag in ("eval/return", *RECALL_TAGS[recall]))
+    assert all(curves[tag][-1][0] >= total for tag in ("eval/return", *own))
     assert len(curves["eval/return"]) == 6  # before the first step, every fifth of the run, and at its end
 
 
@@ -727,9 +759,10 @@ def test_refuses_what_it_cannot_parse(name, arguments, flag, tmp_path, capsys):
 
 @every_script
 def test_refuses_by_command_line(name, tmp_path):
-    result = execute(str(ROOT / f"{name}.py"), "--recall", "perfectly", cwd=tmp_path)
+    flag = f"--{SCRIPTS[name].mode}"
+    result = execute(str(ROOT / f"{name}.py"), flag, "perfectly", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "--recall" in result.stderr
+    assert flag in result.stderr
     assert contents(tmp_path) == {}
 
 
@@ -833,6 +866,6 @@ def test_a_loss_that_diverges_ends_the_run_and_keeps_a_good_checkpoint(name, fie
     message = capsys.readouterr().err + str(exit.value.code)
     assert exit.value.code not in (None, 0, 2)
     assert len(message.splitlines()) == 1
-    assert re.search(r"\b(losses|recall)/\w+", message), message
+    assert re.search(r"\b(losses|recall|replay)/\w+", message), message
     assert 0 <= load(run)["step"] <= int(re.search(r"\bstep (\d+)\b", message)[1])
     assert all(tensor.isfinite().all() for tensor in tensors(load(run)))
