@@ -365,7 +365,7 @@ def count_replays(tmp_path, monkeypatch):
             return sample(self, batch_size, beta, rng)
 
         monkeypatch.setattr(ReplayBuffer, "sample", counted)
-        small = {"size": 5, "num_envs": 4, "num_steps": 5, "total_timesteps": 20 * 60, "run_dir": tmp_path / "run"}
+        small = {"size": 7, "num_envs": 4, "num_steps": 5, "total_timesteps": 20 * 60, "run_dir": tmp_path / "run"}
         script.main(Args(**small | settings))
         return batches
 
@@ -374,25 +374,25 @@ def count_replays(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("every, updates", [(1, 1), (3, 4), (7, 2)])
 def test_replay_phases_come_every_so_many_updates_and_hold_so_many(count_replays, every, updates):
-    """All of them with td-error once an episode has ended: at the latest after size * size steps."""
+    """All of them with td-error once an episode has ended: at the latest after 49 steps each."""
     batches = count_replays(priority="td-error", replay_every=every, replay_updates=updates)
     phases = 60 // every
     skipped = phases - len(batches) / updates
     assert len(batches) % updates == 0
-    assert 0 <= skipped <= -(-25 // 5)
+    assert 0 <= skipped <= -(-49 // 5)
     assert len(batches) > 0
 
 
 def test_a_small_buffer_gives_small_batches(count_replays):
-    batches = count_replays(priority="td-error", replay_batch_size=100, priority_beta=0.3)
-    assert all(size == min(100, held) and beta == 0.3 for size, held, beta in batches)
-    assert batches[0][0] < batches[-1][0] == 100
+    batches = count_replays(priority="td-error", replay_batch_size=500, priority_beta=0.3)
+    assert all(size == min(500, held) and beta == 0.3 for size, held, beta in batches)
+    assert batches[0][0] < batches[-1][0] == 500
 
 
 @pytest.mark.parametrize(
     "size, batch_size, alpha",
     [
-        (5, 200, 0.8),
+        (7, 200, 0.8),
         (11, 200, 0.8),
         (12, 200, 0.8),
         (13, 2000, 0.8),
