@@ -1,0 +1,752 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "matplotlib==3.11.2",
+#     "numpy==2.4.6",
+#     "pillow==13.0.0",
+#     "scipy==1.17.1",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+"""Makes the figures of the paper again: runs the scripts over many seeds, reads their curves, draws, and judges.
+
+    python reproduce.py fig2                       # one figure, with all runs that it needs: results/fig2
+    python reproduce.py --scale smoke              # every figure with tiny runs, in minutes: results/smoke
+    python reproduce.py --list                     # what there is
+    python reproduce.py fig2 --dry-run | xargs -P 16 -I {} sh -c "{}"    # run it your own way, then
+    python reproduce.py fig2 --plot-only
+
+Runs live in runs/reproduce, and figures share them. Interrupt it whenever you like: the next start keeps the runs that
+are finished and resumes the others.
+"""
+
+import csv
+import fcntl
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.stats import bootstrap, trim_mean
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass
+class Args:
+    figures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """figures to make, such as fig2 fig4; all that can be made if none is given"""
+    list: bool = False
+    """list all figures of the paper, and stop"""
+    dry_run: bool = False
+    """print the command of every run, one a line, and stop"""
+    plot_only: bool = False
+    """start no run, draw what the finished ones give"""
+    scale: Literal["smoke", "laptop", "paper"] = "laptop"
+    """length of the runs; smoke: tiny, only to see that all works; laptop: hours on 2 cores; paper: the paper's budget"""
+    seeds: int | None = None
+    """seeds of each setting, from 1 on; if not given, 1 for smoke, else 10"""
+    workers: int = os.cpu_count() or 1
+    """runs at a time, each with one torch thread"""
+    engine: Literal["local", "slurm"] = "local"
+    """slurm: submit the runs as one job array (needs `pip install submitit` and a shared folder)"""
+    runs_dir: Path = Path("runs/reproduce")
+    """folder of the runs"""
+    results_dir: Path | None = None
+    """folder of the figures; results, or results/smoke with --scale smoke, if not given"""
+
+
+# ------------------------------------------------------------------------------------------------------ figures
+
+# Flags of each script at each scale. Four rooms are solved so fast that a laptop makes them at full length.
+FOUR_ROOMS = {
+    "smoke": "--total-timesteps 1000 --eval-every 250",
+    "laptop": "--total-timesteps 100000",
+    "paper": "--total-timesteps 100000",
+}
+SCALES = {"recall_a2c_fourroom.py": FOUR_ROOMS, "per_a2c_fourroom.py": FOUR_ROOMS}
+
+NONE = "recall_a2c_fourroom.py --recall none"
+RECALL = "recall_a2c_fourroom.py --recall true"
+RANDOM = "recall_a2c_fourroom.py --recall random"
+LEARNED = "recall_a2c_fourroom.py --recall learned"
+PER = "per_a2c_fourroom.py --priority return"
+TD_ERROR = "per_a2c_fourroom.py --priority td-error"
+
+
+class Panel(NamedTuple):
+    """One panel: what is drawn, and the script and flags behind each label of its legend."""
+
+    title: str
+    runs: dict[str, str]
+    kind: Literal["curves", "finals", "pictures"] = "curves"  # tag against steps; its last values; a picture of seed 1
+    tag: str = "eval/return"
+
+
+class PaperFigure(NamedTuple):
+    place: str  # in the paper
+    title: str
+    panels: tuple[Panel, ...] = ()
+    needs: str = ""  # the script that is still to come
+
+
+METHODS = {"actor-critic": NONE, "PER": PER, "recall traces": RECALL}
+
+
+def rooms(size: int, runs: dict[str, str], kind: str = "curves", tag: str = "eval/return") -> Panel:
+    return Panel(f"{size} x {size}", {label: f"{command} --size {size}" for label, command in runs.items()}, kind, tag)
+
+
+def visits(size: int) -> tuple[Panel, Panel]:
+    maps = rooms(size, {"PER": PER, "recall traces": RECALL}, "pictures", "pictures/visits")
+    return maps, rooms(size, METHODS, "finals", "eval/visited_cells")
+
+
+RATIOS = {f"{n} : 1": f"{RECALL} --recall-every {n}" for n in (1, 5, 10)}
+LENGTHS = {
+    f"1 : {n} ({length})": f"{RECALL} --recall-updates {n} --trace-length {length}"
+    for n, length in ((1, 25), (5, 25), (5, 10), (20, 25), (20, 5))
+}
+
+FIGURES = {
+    "fig2": PaperFigure(
+        "6.1",
+        "Four rooms: recall traces against the actor-critic",
+        tuple(rooms(size, {"actor-critic": NONE, "recall traces": RECALL}) for size in (15, 19)),
+    ),
+    "fig3": PaperFigure(
+        "6.2",
+        "Four rooms: where the trained policies go",
+        tuple(panel for size in (11, 15) for panel in visits(size)),
+    ),
+    "fig4": PaperFigure(
+        "6.2",
+        "Four rooms: recall traces against prioritized replay",
+        tuple(rooms(size, METHODS | {"PER by TD error": TD_ERROR}) for size in (11, 15)),
+    ),
+    "fig5": PaperFigure("6.3", "U-maze ant: coverage heat maps", needs="recall_goalgan_ant.py"),
+    "fig6": PaperFigure("6.4", "MuJoCo: recall traces with TRPO", needs="recall_trpo.py"),
+    "fig7": PaperFigure("6.5", "MuJoCo: recall traces with SAC", needs="recall_sac.py"),
+    "fig8": PaperFigure("App. B", "MuJoCo: trace lengths with TRPO", needs="recall_trpo.py"),
+    "fig9": PaperFigure(
+        "App. D",
+        "Four rooms: all sizes",
+        tuple(
+            rooms(size, {"actor-critic": NONE, "recall traces": RECALL, "both learned": LEARNED})
+            for size in (11, 13, 15, 19)
+        ),
+    ),
+    "fig10": PaperFigure(
+        "App. D",
+        "Four rooms: recall traces against prioritized replay, 13 x 13",
+        (rooms(13, METHODS | {"PER by TD error": TD_ERROR}), *visits(13)),
+    ),
+    "fig11": PaperFigure("App. D", "Point mass: coverage heat maps", needs="recall_goalgan_ant.py"),
+    "fig12": PaperFigure("App. D", "U-maze ant: coverage heat maps over time", needs="recall_goalgan_ant.py"),
+    "fig13": PaperFigure("App. D", "U-mazes: coverage curves", needs="recall_goalgan_ant.py"),
+    "fig14": PaperFigure(
+        "App. F",
+        "Four rooms: learned against random backward actions",
+        (rooms(15, {"actor-critic": NONE, "random backward actions": RANDOM, "recall traces": RECALL}),),
+    ),
+    "fig15": PaperFigure("App. F", "MuJoCo: learned against random backward model", needs="recall_sac.py"),
+    "fig16": PaperFigure("App. G", "MuJoCo: forward model", needs="recall_trpo.py"),
+    "fig17": PaperFigure(
+        "App. H",
+        "Four rooms: real updates for each recall phase",
+        tuple(rooms(size, RATIOS) for size in (12, 14, 15)),
+    ),
+    "fig18": PaperFigure(
+        "App. H",
+        "Four rooms: real to recall updates (longest trace)",
+        tuple(rooms(size, LENGTHS) for size in (12, 14, 15)),
+    ),
+    "fig19": PaperFigure("App. H", "MuJoCo: recall updates with SAC", needs="recall_sac.py"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+
+class Run(NamedTuple):
+    """One process: a script, its flags, and the folder where it writes. Figures that need the same run share it."""
+
+    command: tuple[str, ...]
+    folder: Path
+
+    def __str__(self) -> str:
+        return shlex.join(("python", *self.command, "--run-dir", str(self.folder)))
+
+
+def make_run(command: str, seed: int, args: Args) -> Run:
+    script, *flags = shlex.split(command)
+    words = [*flags, *shlex.split(SCALES[script][args.scale]), "--seed", str(seed)]
+    name = "_".join(f"{flag.removeprefix('--')}={value}" for flag, value in zip(words[::2], words[1::2], strict=True))
+    return Run((script, *words), args.runs_dir / script.removesuffix(".py") / name)
+
+
+def figure_runs(name: str, args: Args) -> dict[str, list[Run]]:
+    """The runs of a figure: the command of each setting to one run for each seed."""
+    commands = dict.fromkeys(command for panel in FIGURES[name].panels for command in panel.runs.values())
+    return {command: [make_run(command, seed, args) for seed in range(1, args.seeds + 1)] for command in commands}
+
+
+def read_run(run: Run) -> EventAccumulator | None:
+    """All that a run has logged; None if it has not come to its end, where it logs its last evaluation and pictures."""
+    events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    total = int(run.command[run.command.index("--total-timesteps") + 1])
+    tags = events.Tags()
+    pictures = [tag for tag in tags["images"] if events.Images(tag)[-1].step >= total]
+    if pictures and "eval/return" in tags["scalars"] and events.Scalars("eval/return")[-1].step >= total:
+        return events
+    return None
+
+
+PROCESSES: set[subprocess.Popen] = set()
+STOPPING = threading.Event()
+
+
+def execute(run: Run) -> str:
+    """Starts or resumes a run, unless it is finished, and waits for its end; returns its last lines if it failed.
+
+    Its log file is locked as long as the process lives. So a second start, after this program was killed, waits for a
+    process that is still at work rather than starting another one in the same folder.
+    """
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run.folder}.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        if STOPPING.is_set() or (run.folder.exists() and read_run(run) is not None):
+            return ""
+        arguments = [*run.command, "--run-dir", str(run.folder)]
+        if (run.folder / "args.json").exists():
+            arguments = [run.command[0], "--resume", str(run.folder)]
+        else:
+            Path(f"{run.folder}.json").write_text(json.dumps(origin(), indent=4))
+        command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        PROCESSES.add(process)
+        if STOPPING.is_set():
+            process.terminate()
+        status = process.wait()
+        PROCESSES.discard(process)
+    last_lines = Path(f"{run.folder}.log").read_text().splitlines()[-5:]
+    return "" if status == 0 or STOPPING.is_set() else "\n".join((f"{run}\nexit status {status}", *last_lines))
+
+
+@cache
+def origin() -> dict[str, str]:
+    """What a result depends on: commit, package versions and hardware."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    names = ("torch", "numpy", "gymnasium", "mujoco")
+    installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        cpu = models[0] if models else cpu
+    versions = {name: installed[name] for name in names if name in installed}
+    commit = {"commit": git.stdout.strip() or "unknown", "python": platform.python_version()}
+    return commit | versions | {"hardware": f"{os.cpu_count()} cores of {cpu}"}
+
+
+def execute_locally(runs: list[Run], workers: int) -> list[str]:
+    """Executes all runs, so many at a time, with a progress bar; returns the reports of those that failed."""
+    failures = []
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as progress:
+        futures = [pool.submit(execute, run) for run in runs]
+        try:
+            for future in as_completed(futures):
+                progress.update()
+                if future.result():
+                    failures.append(future.result())
+                    progress.write(failures[-1], file=sys.stderr)
+        except KeyboardInterrupt:
+            STOPPING.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*PROCESSES]:
+                process.terminate()  # they write a checkpoint
+            raise
+    return failures
+
+
+def execute_on_slurm(runs: list[Run], workers: int) -> list[str]:
+    """Executes all runs as one Slurm job array, so many tasks at a time; returns the reports of those that failed."""
+    import submitit
+
+    executor = submitit.AutoExecutor(runs[0].folder.parents[1] / "slurm", cluster="slurm")
+    executor.update_parameters(
+        name="recall-traces", cpus_per_task=1, timeout_min=24 * 60, slurm_array_parallelism=workers
+    )
+    jobs = executor.map_array(execute, runs)
+    failures = []
+    with tqdm(total=len(jobs), unit=" runs", disable=None) as progress:
+        for job in submitit.helpers.as_completed(jobs):
+            progress.update()
+            error = job.exception()
+            if report := job.result() if error is None else f"job {job.job_id}: {error}":
+                failures.append(report)
+                progress.write(failures[-1], file=sys.stderr)
+    return failures
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+class Curves(NamedTuple):
+    """What the finished seeds of one setting have logged."""
+
+    seeds: list[int]
+    steps: np.ndarray  # (evaluations,)
+    values: dict[str, np.ndarray]  # tag: (seeds, evaluations), NaN where it was not logged
+
+
+def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], dict[str, dict[str, bytes]], list[Run]]:
+    """The curves and the pictures of the first seed of every setting of a figure, and the runs that did not finish."""
+    curves, pictures, missing = {}, {}, []
+    for command, runs in figure_runs(name, args).items():
+        read = {seed: read_run(run) if run.folder.exists() else None for seed, run in enumerate(runs, start=1)}
+        missing += [run for run, events in zip(runs, read.values(), strict=True) if events is None]
+        read = {seed: events for seed, events in read.items() if events is not None}
+        if not read:
+            continue
+        scalars = [
+            {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+            for events in read.values()
+        ]
+        tags = sorted({tag for tags in scalars for tag in tags if tag.startswith("eval/")})
+        steps = sorted({step for tags in scalars for step in tags["eval/return"]})
+        values = {
+            tag: np.array([[s.get(tag, {}).get(step, np.nan) for step in steps] for s in scalars]) for tag in tags
+        }
+        curves[command] = Curves([*read], np.array(steps), values)
+        first = next(iter(read.values()))
+        pictures[command] = {tag: first.Images(tag)[-1].encoded_image_string for tag in first.Tags()["images"]}
+    return curves, pictures, missing
+
+
+def write_data(path: Path, curves: dict[str, Curves]) -> None:
+    """One row for each evaluation of each run."""
+    tags = sorted({tag for setting in curves.values() for tag in setting.values})
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("setting", "seed", "step", *tags))
+        for command, setting in curves.items():
+            nothing = np.full((len(setting.seeds), len(setting.steps)), np.nan)
+            columns = [setting.values.get(tag, nothing) for tag in tags]
+            for i, seed in enumerate(setting.seeds):
+                for j, step in enumerate(setting.steps):
+                    numbers = ("" if np.isnan(column[i, j]) else f"{column[i, j]:.6g}" for column in columns)
+                    writer.writerow((command, seed, step, *numbers))
+
+
+def read_data(path: Path) -> dict[str, Curves]:
+    """What write_data wrote."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    tags, found = rows[0][3:], {}
+    for command, seed, step, *values in rows[1:]:
+        found.setdefault(command, {}).setdefault(int(seed), {})[int(step)] = [float(value or "nan") for value in values]
+    curves = {}
+    for command, seeds in found.items():
+        table = np.array([[*evaluations.values()] for evaluations in seeds.values()])  # (seeds, evaluations, tags)
+        steps = np.array([*next(iter(seeds.values()))])
+        curves[command] = Curves([*seeds], steps, {tag: table[:, :, i] for i, tag in enumerate(tags)})
+    return curves
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+def interquartile_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    return trim_mean(values, 0.25, axis=axis)
+
+
+def interval(*samples: np.ndarray, statistic=interquartile_mean) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap interval of a statistic of samples whose last axis are the seeds, each resampled on its own."""
+    if min(sample.shape[-1] for sample in samples) < 2:
+        value = statistic(*samples, axis=-1)
+        return value, value
+    drawn = bootstrap(samples, statistic, axis=-1, n_resamples=2000, vectorized=True, method="percentile", rng=0)
+    return drawn.confidence_interval.low, drawn.confidence_interval.high
+
+
+def steps_to_success(setting: Curves) -> np.ndarray:
+    """Environment steps to the first evaluation with a success rate of 0.9, or all steps if there is none, (seeds,)."""
+    reached = setting.values["eval/success_rate"] >= 0.9
+    return setting.steps[np.where(reached.any(axis=1), reached.argmax(axis=1), -1)].astype(float)
+
+
+def success_at_the_end(setting: Curves) -> np.ndarray:
+    """Mean success rate of the last tenth of all evaluations, (seeds,)."""
+    success = setting.values["eval/success_rate"]
+    return success[:, -max(1, success.shape[1] // 10) :].mean(axis=1)
+
+
+def statistics(setting: Curves) -> dict[str, np.ndarray]:
+    """The numbers by which a setting is judged: name to values (seeds,)."""
+    found = {f"last {tag}": values[:, -1] for tag, values in setting.values.items()}
+    found["mean eval/return"] = setting.values["eval/return"].mean(axis=1)
+    if "eval/success_rate" in setting.values:
+        found |= {"steps to success": steps_to_success(setting), "success at the end": success_at_the_end(setting)}
+    return found
+
+
+def write_summary(path: Path, curves: dict[str, Curves]) -> None:
+    """Interquartile means over the seeds with their 95 % bootstrap intervals."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("setting", "seeds", "statistic", "iqm", "low", "high", "least", "most"))
+        for command, setting in curves.items():
+            for name, values in statistics(setting).items():
+                numbers = (interquartile_mean(values), *interval(values), values.min(), values.max())
+                writer.writerow((command, len(values), name, *(f"{number:.6g}" for number in numbers)))
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = {"actor-critic": "#000000", "recall traces": "#0072b2", "PER": "#d55e00", "PER by TD error": "#e69f00"}
+COLOURS |= {"both learned": "#009e73", "random backward actions": "#cc79a7"}
+MORE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[str, dict[str, bytes]]) -> Figure:
+    """All panels of a figure; a panel of pictures is one axes for each of them."""
+    boxes = []  # (panel, its runs)
+    for panel in figure.panels:
+        runs = {label: command for label, command in panel.runs.items() if command in curves}
+        boxes += [(panel, {label: runs[label]}) for label in runs] if panel.kind == "pictures" else [(panel, runs)]
+    across = {4: 2}.get(len(boxes), min(len(boxes), 3))
+    down = -(-len(boxes) // across)
+    with matplotlib.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
+        drawing = Figure(figsize=(4.6 * across, 3.8 * down + 0.5), layout="constrained")
+        legend = {}
+        for axes, (panel, runs) in zip(drawing.subplots(down, across, squeeze=False).flat, boxes, strict=False):
+            if panel.kind == "pictures":
+                ((label, command),) = runs.items()
+                axes.imshow(Image.open(io.BytesIO(pictures[command][panel.tag])))
+                axes.axis("off")
+                axes.set_title(f"{label}, {panel.title}")
+                continue
+            for i, (label, command) in enumerate(runs.items()):
+                colour, setting = COLOURS.get(label, MORE_COLOURS[i % len(MORE_COLOURS)]), curves[command]
+                values = setting.values[panel.tag]
+                if panel.kind == "curves":
+                    low, high = interval(values.T)
+                    thousands = setting.steps / 1000
+                    axes.plot(thousands, values.T, color=colour, lw=0.5, alpha=0.15)
+                    axes.fill_between(thousands, low, high, color=colour, alpha=0.2, lw=0)
+                    legend[label] = axes.plot(thousands, interquartile_mean(values), color=colour, lw=2.2)[0]
+                else:
+                    values = values[:, -1]
+                    low, high = interval(values)
+                    axes.scatter(i + np.linspace(-0.15, 0.15, len(values)), values, color=colour, alpha=0.4, s=20)
+                    mean = interquartile_mean(values)
+                    axes.errorbar(
+                        i, mean, [[mean - low], [high - mean]], color=colour, fmt="_", ms=22, mew=3, capsize=6
+                    )
+            axes.set_title(panel.title)
+            if panel.kind == "curves":
+                axes.set(xlabel="environment steps (thousands)", ylabel=panel.tag)
+            else:
+                axes.set_xticks(range(len(runs)), [label.replace(" ", "\n") for label in runs])
+                axes.set(ylabel=panel.tag, ylim=(0, None), xlim=(-0.5, len(runs) - 0.5))
+        for axes in drawing.axes[len(boxes) :]:
+            axes.axis("off")
+        if legend:
+            columns = min(len(legend), 2 * across)
+            drawing.legend(legend.values(), legend, loc="outside upper center", ncols=columns, frameon=False)
+    return drawing
+
+
+# ------------------------------------------------------------------------------------------------------ verdicts
+
+
+class Claim(NamedTuple):
+    """A claim of the paper as a ratio that has to be above 1: a formula of the interquartile means of some settings."""
+
+    figure: str
+    text: str
+    settings: tuple[str, ...] = ()  # none: not run yet
+    formula: Callable[..., float] | None = lambda a, b: a / b  # None: counts the seeds that fail
+    statistic: str = "steps to success"
+
+
+def in_rooms(size: int, *commands: str) -> tuple[str, ...]:
+    return tuple(f"{command} --size {size}" for command in commands)
+
+
+VISITED = "last eval/visited_cells"
+CLAIMS = (
+    *(
+        Claim(
+            "fig2",
+            f"Recall traces need fewer steps than the actor-critic ({size} x {size})",
+            in_rooms(size, NONE, RECALL),
+        )
+        for size in (15, 19)
+    ),
+    Claim(
+        "fig2",
+        "At size 19 several actor-critics fail to converge, recall traces never",
+        in_rooms(19, NONE, RECALL),
+        None,
+    ),
+    *(
+        Claim(
+            "fig3",
+            f"Recall traces visit more cells than PER ({size} x {size})",
+            in_rooms(size, RECALL, PER),
+            statistic=VISITED,
+        )
+        for size in (11, 15)
+    ),
+    Claim(
+        "fig4",
+        "PER is competitive in the small maze: fewer steps than the actor-critic (11 x 11)",
+        in_rooms(11, NONE, PER),
+    ),
+    Claim("fig4", "Recall traces need fewer steps than PER (15 x 15)", in_rooms(15, PER, RECALL)),
+    Claim("fig5", "U-maze ant: 63 % coverage after 155 iterations instead of 275 (also fig12)"),
+    Claim("fig6", "TRPO: recall traces learn faster and end higher on all tasks"),
+    Claim("fig7", "SAC: recall traces learn faster on all tasks, most on Ant"),
+    Claim("fig8", "TRPO: the best length of the traces depends on the task"),
+    Claim(
+        "fig9",
+        "The benefit of recall traces grows with the size of the maze (19 x 19 against 11 x 11)",
+        (*in_rooms(19, NONE, RECALL), *in_rooms(11, NONE, RECALL)),
+        lambda a, b, c, d: (a / b) / (c / d),
+    ),
+    Claim("fig10", "Recall traces need fewer steps than PER (13 x 13)", in_rooms(13, PER, RECALL)),
+    Claim("fig10", "Recall traces visit more cells than PER (13 x 13)", in_rooms(13, RECALL, PER), statistic=VISITED),
+    Claim(
+        "fig4",
+        "The gap to PER grows with the size of the maze (15 x 15 against 11 x 11; also fig10)",
+        (*in_rooms(15, PER, RECALL), *in_rooms(11, PER, RECALL)),
+        lambda a, b, c, d: (a / b) / (c / d),
+    ),
+    Claim("fig11", "Point mass: 96 % coverage after 40 iterations, without recall traces 78 % after 60"),
+    Claim("fig13", "U-mazes: recall traces raise coverage faster"),
+    Claim(
+        "fig14", "A learned backward policy needs fewer steps than a random one (15 x 15)", in_rooms(15, RANDOM, RECALL)
+    ),
+    Claim(
+        "fig14",
+        "A learned backward policy succeeds more often at the end than a random one (15 x 15)",
+        in_rooms(15, RECALL, RANDOM),
+        statistic="success at the end",
+    ),
+    Claim("fig15", "SAC: a learned backtracking model is better than a random one"),
+    Claim("fig16", "TRPO: a forward model does not help"),
+    *(
+        Claim(
+            "fig17",
+            f"Fewer recall phases for each real update slow learning down ({size} x {size}, 10 : 1 against 1 : 1)",
+            in_rooms(size, RATIOS["10 : 1"], RATIOS["1 : 1"]),
+        )
+        for size in (12, 14, 15)
+    ),
+    *(
+        Claim(
+            "fig18",
+            f"More recall updates help with short traces ({size} x {size}, 1 : 1 (25) against 1 : 20 (5))",
+            in_rooms(size, LENGTHS["1 : 1 (25)"], LENGTHS["1 : 20 (5)"]),
+        )
+        for size in (12, 14, 15)
+    ),
+    *(
+        Claim(
+            "fig18",
+            f"Many recall updates with long traces spoil the policy ({size} x {size}, 1 : 20 (5) against 1 : 20 (25))",
+            in_rooms(size, LENGTHS["1 : 20 (5)"], LENGTHS["1 : 20 (25)"]),
+            statistic="success at the end",
+        )
+        for size in (12, 14, 15)
+    ),
+    Claim("fig19", "SAC: 10 or 20 recall updates are better than 5, with shorter traces"),
+)
+
+
+def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
+    """What came out, the number of seeds, and the verdict."""
+    if not claim.settings or not set(claim.settings) <= curves.keys():
+        return "", "", "not run"
+    settings = [curves[command] for command in claim.settings]
+    seeds = str(min(len(setting.seeds) for setting in settings))
+    if claim.formula is None:
+        failed = [int((success_at_the_end(setting) < 0.9).sum()) for setting in settings]
+        verdict = (
+            "holds"
+            if failed[0] > 1 and failed[1] == 0
+            else "holds weakly"
+            if failed[0] > failed[1]
+            else "does not hold"
+        )
+        return f"{failed[0]} against {failed[1]} fail at the end", seeds, verdict
+    samples = [statistics(setting)[claim.statistic] for setting in settings]
+
+    def ratio(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+        return claim.formula(*(interquartile_mean(sample, axis) for sample in samples))
+
+    value, (low, high) = ratio(*samples), interval(*samples, statistic=ratio)
+    verdict = "does not hold" if value <= 1 else "holds" if low > 1 else "holds weakly"
+    means = " / ".join(f"{interquartile_mean(sample):,.4g}".replace("e+04", "0k") for sample in samples)
+    return f"{claim.statistic}: {means}; ratio {value:.2f} [{low:.2f}, {high:.2f}]", seeds, verdict
+
+
+def write_verdicts(results_dir: Path) -> None:
+    """results/README.md: what the paper claims and what came out here, and all figures."""
+    data = {
+        name: read_data(results_dir / name / "data.csv")
+        for name in FIGURES
+        if (results_dir / name / "data.csv").exists()
+    }
+    lines = [
+        "# Paper against ours",
+        "",
+        "Made by `reproduce.py` from the `data.csv` of each figure. A claim is put as a ratio of interquartile means",
+        "over the seeds that has to be above 1, with its 95 % bootstrap interval: it *holds* if the whole interval is",
+        "above 1, and *holds weakly* if only the ratio is. *Steps to success*: environment steps to the first evaluation",
+        "in which the greedy policy reaches the goal, the whole budget if there is none.",
+        "",
+        "| figure | the paper claims | ours | seeds | verdict | command |",
+        "|---|---|---|---|---|---|",
+    ]
+    for claim in CLAIMS:
+        ours, seeds, verdict = judge(claim, data.get(claim.figure, {}))
+        link = f"[{claim.figure}](#{claim.figure})" if claim.figure in data else claim.figure
+        command = (
+            f"`python reproduce.py {claim.figure}`"
+            if claim.figure in data
+            else f"needs `{FIGURES[claim.figure].needs}`"
+        )
+        lines.append(f"| {link} | {claim.text} | {ours} | {seeds} | **{verdict}** | {command} |")
+    for name in data:
+        figure, made = FIGURES[name], json.loads((results_dir / name / "origin.json").read_text())
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{figure.title} (section {figure.place})."
+            if figure.place[0].isdigit()
+            else f"{figure.title} ({figure.place}).",
+        ]
+        lines += ["", f"![{name}]({name}/{name}.png)", ""]
+        origins = "; ".join(
+            f"{o['runs']} runs at {o['commit']} on {o['hardware']}, torch {o.get('torch', '?')}" for o in made
+        )
+        lines.append(
+            f"{origins}. [commands]({name}/commands.txt), [data]({name}/data.csv), [summary]({name}/summary.csv)"
+        )
+    (results_dir / "README.md").write_text("\n".join(lines) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+
+def fail(message: str) -> None:
+    """Ends the program with one line that names the flag and what would be accepted, and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check(args: Args) -> None:
+    """Fails on the first argument that is out of range."""
+    for name in args.figures:
+        if name not in FIGURES:
+            fail(f"figures must be among {', '.join(FIGURES)}, got {name}")
+        if not FIGURES[name].panels:
+            fail(
+                f"{name} needs {FIGURES[name].needs}, which is still to come; --list shows the figures that can be made"
+            )
+    for flag, value in (("seeds", args.seeds), ("workers", args.workers)):
+        if value < 1:
+            fail(f"--{flag} must be at least 1, got {value}")
+    if args.engine == "slurm" and importlib.util.find_spec("submitit") is None:
+        fail("--engine slurm needs submitit: pip install submitit")
+    for flag, folder in (("runs-dir", args.runs_dir), ("results-dir", args.results_dir)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--{flag} must be a folder that can be made, {folder} is not: {error.strerror}")
+
+
+def make_figure(name: str, args: Args) -> bool:
+    """Draws a figure and writes its data, from the runs that are finished; whether all of them are."""
+    curves, pictures, missing = read_figure(name, args)
+    if missing:
+        print(f"{name}: {len(missing)} runs are not finished, the first is {missing[0].folder}", file=sys.stderr)
+    if not curves:
+        return False
+    folder = args.results_dir / name
+    folder.mkdir(exist_ok=True)
+    write_data(folder / "data.csv", curves)
+    curves = read_data(folder / "data.csv")
+    write_summary(folder / "summary.csv", curves)
+    runs = [run for runs in figure_runs(name, args).values() for run in runs if run not in missing]
+    (folder / "commands.txt").write_text("".join(f"{run}\n" for run in runs))
+    origins = Counter(Path(f"{run.folder}.json").read_text() for run in runs if Path(f"{run.folder}.json").exists())
+    made = [json.loads(text) | {"runs": number} for text, number in sorted(origins.items())]
+    (folder / "origin.json").write_text(json.dumps(made, indent=4) + "\n")
+    draw_figure(FIGURES[name], curves, pictures).savefig(folder / f"{name}.png", dpi=110)
+    print(f"{name}: {folder / f'{name}.png'}")
+    return not missing
+
+
+def main(args: Args) -> None:
+    if args.list:
+        for name, figure in FIGURES.items():
+            print(f"{name:6} {figure.place:7} {figure.title}" + (f" (needs {figure.needs})" if figure.needs else ""))
+        return
+    smoke = args.scale == "smoke"
+    args.seeds = args.seeds if args.seeds is not None else 1 if smoke else 10
+    args.results_dir = args.results_dir or Path("results/smoke" if smoke else "results")
+    check(args)
+    names = args.figures or [name for name, figure in FIGURES.items() if figure.panels]
+    runs = [*dict.fromkeys(run for name in names for runs in figure_runs(name, args).values() for run in runs)]
+    if args.dry_run:
+        print(*runs, sep="\n")
+        return
+    failures = []
+    if not args.plot_only:
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        try:
+            failures = (execute_on_slurm if args.engine == "slurm" else execute_locally)(runs, args.workers)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+    complete = [make_figure(name, args) for name in names]
+    write_verdicts(args.results_dir)
+    if failures:
+        print(f"{len(failures)} of {len(runs)} runs failed", file=sys.stderr)
+    sys.exit(0 if all(complete) else 1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
