@@ -34,12 +34,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
+import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -48,7 +48,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.stats import bootstrap, trim_mean
+from scipy.stats import DegenerateDataWarning, bootstrap, trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -226,20 +226,16 @@ def read_run(run: Run) -> EventAccumulator | None:
     return None
 
 
-PROCESSES: set[subprocess.Popen] = set()
-STOPPING = threading.Event()
-
-
-def execute(run: Run) -> str:
+def execute(run: Run, processes: set[subprocess.Popen]) -> str:
     """Starts or resumes a run, unless it is finished, and waits for its end; returns its last lines if it failed.
 
     Its log file is locked as long as the process lives. So a second start, after this program was killed, waits for a
-    process that is still at work rather than starting another one in the same folder.
+    process that is still at work rather than starting another one in the same folder. The process is in `processes`.
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.folder}.log", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        if STOPPING.is_set() or (run.folder.exists() and read_run(run) is not None):
+        if run.folder.exists() and read_run(run) is not None:
             return ""
         arguments = [*run.command, "--run-dir", str(run.folder)]
         if (run.folder / "args.json").exists():
@@ -248,16 +244,13 @@ def execute(run: Run) -> str:
             Path(f"{run.folder}.json").write_text(json.dumps(origin(), indent=4))
         command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        PROCESSES.add(process)
-        if STOPPING.is_set():
-            process.terminate()
+        processes.add(process)
         status = process.wait()
-        PROCESSES.discard(process)
+        processes.discard(process)
     last_lines = Path(f"{run.folder}.log").read_text().splitlines()[-5:]
-    return "" if status == 0 or STOPPING.is_set() else "\n".join((f"{run}\nexit status {status}", *last_lines))
+    return "" if status == 0 else "\n".join((str(run), f"exit status {status}", *last_lines))
 
 
-@cache
 def origin() -> dict[str, str]:
     """What a result depends on: commit, package versions and hardware."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
@@ -278,9 +271,9 @@ def origin() -> dict[str, str]:
 
 def execute_locally(runs: list[Run], workers: int) -> list[str]:
     """Executes all runs, so many at a time, with a progress bar; returns the reports of those that failed."""
-    failures = []
+    failures, processes = [], set()
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as progress:
-        futures = [pool.submit(execute, run) for run in runs]
+        futures = [pool.submit(execute, run, processes) for run in runs]
         try:
             for future in as_completed(futures):
                 progress.update()
@@ -288,31 +281,38 @@ def execute_locally(runs: list[Run], workers: int) -> list[str]:
                     failures.append(future.result())
                     progress.write(failures[-1], file=sys.stderr)
         except KeyboardInterrupt:
-            STOPPING.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in [*PROCESSES]:
-                process.terminate()  # they write a checkpoint
+            while not all(future.done() for future in futures):
+                for process in [*processes]:
+                    process.terminate()  # it writes a checkpoint
+                time.sleep(0.2)
             raise
     return failures
 
 
 def execute_on_slurm(runs: list[Run], workers: int) -> list[str]:
     """Executes all runs as one Slurm job array, so many tasks at a time; returns the reports of those that failed."""
-    import submitit
+    from submitit import AutoExecutor
+    from submitit.helpers import as_completed
 
-    executor = submitit.AutoExecutor(runs[0].folder.parents[1] / "slurm", cluster="slurm")
+    executor = AutoExecutor(runs[0].folder.parents[1] / "slurm", cluster="slurm")
     executor.update_parameters(
         name="recall-traces", cpus_per_task=1, timeout_min=24 * 60, slurm_array_parallelism=workers
     )
-    jobs = executor.map_array(execute, runs)
+    jobs = executor.map_array(execute, runs, [set() for _ in runs])
     failures = []
     with tqdm(total=len(jobs), unit=" runs", disable=None) as progress:
-        for job in submitit.helpers.as_completed(jobs):
-            progress.update()
-            error = job.exception()
-            if report := job.result() if error is None else f"job {job.job_id}: {error}":
-                failures.append(report)
-                progress.write(failures[-1], file=sys.stderr)
+        try:
+            for job in as_completed(jobs, poll_frequency=1):
+                progress.update()
+                error = job.exception()
+                if report := job.result() if error is None else f"job {job.job_id}: {error}":
+                    failures.append(report)
+                    progress.write(failures[-1], file=sys.stderr)
+        except KeyboardInterrupt:
+            for job in jobs:
+                job.cancel()
+            raise
     return failures
 
 
@@ -393,7 +393,8 @@ def interval(*samples: np.ndarray, statistic=interquartile_mean) -> tuple[np.nda
     if min(sample.shape[-1] for sample in samples) < 2:
         value = statistic(*samples, axis=-1)
         return value, value
-    drawn = bootstrap(samples, statistic, axis=-1, n_resamples=2000, vectorized=True, method="percentile", rng=0)
+    with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):
+        drawn = bootstrap(samples, statistic, axis=-1, n_resamples=2000, vectorized=True, method="percentile", rng=0)
     return drawn.confidence_interval.low, drawn.confidence_interval.high
 
 
@@ -615,8 +616,9 @@ def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
     def ratio(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
         return claim.formula(*(interquartile_mean(sample, axis) for sample in samples))
 
-    value, (low, high) = ratio(*samples), interval(*samples, statistic=ratio)
-    verdict = "does not hold" if value <= 1 else "holds" if low > 1 else "holds weakly"
+    with np.errstate(all="ignore"):  # 0 / 0 is no number, and does not hold
+        value, (low, high) = ratio(*samples), interval(*samples, statistic=ratio)
+    verdict = "holds" if low > 1 else "holds weakly" if value > 1 else "does not hold"
     means = " / ".join(f"{interquartile_mean(sample):,.4g}".replace("e+04", "0k") for sample in samples)
     return f"{claim.statistic}: {means}; ratio {value:.2f} [{low:.2f}, {high:.2f}]", seeds, verdict
 
@@ -691,7 +693,7 @@ def check(args: Args) -> None:
             fail(f"--{flag} must be at least 1, got {value}")
     if args.engine == "slurm" and importlib.util.find_spec("submitit") is None:
         fail("--engine slurm needs submitit: pip install submitit")
-    for flag, folder in (("runs-dir", args.runs_dir), ("results-dir", args.results_dir)):
+    for flag, folder in (("runs-dir", args.runs_dir), ("results-dir", args.results_dir)) if not args.dry_run else ():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

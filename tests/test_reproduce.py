@@ -1,0 +1,456 @@
+"""reproduce.py: its statistics, its tables, and that no run is lost, repeated or left out."""
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from PIL import Image
+
+import reproduce
+from reproduce import FIGURES, Args, Curves
+
+ROOT = Path(__file__).parents[1]
+MAKEABLE = [name for name, figure in FIGURES.items() if figure.panels]
+SETTINGS = sorted(
+    {command for figure in FIGURES.values() for panel in figure.panels for command in panel.runs.values()}
+)
+SMALL = "--size 7 --total-timesteps 6000 --checkpoint-every 1000 --eval-every 1000"
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+def test_interquartile_mean_leaves_out_a_quarter_on_both_sides():
+    values = np.random.default_rng(0).normal(size=(12, 3))
+    expected = [np.mean(sorted(column)[3:9]) for column in values.T]
+    np.testing.assert_allclose(reproduce.interquartile_mean(values), expected)
+    np.testing.assert_allclose(reproduce.interquartile_mean(values.T, axis=-1), expected)
+
+
+def test_interval_covers_the_true_value_as_often_as_it_says():
+    """Of the median-like mean of ten normal numbers, in about 95 % of all cases (small samples: somewhat less)."""
+    low, high = reproduce.interval(np.random.default_rng(0).normal(3, 1, size=(400, 10)))
+    assert 0.85 < ((low < 3) & (high > 3)).mean() < 0.97
+
+
+def test_interval_of_a_ratio_resamples_each_sample_on_its_own():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(10, 1, 10), rng.normal(5, 1, 12)
+
+    def ratio(a, b, axis):
+        return a.mean(axis=axis) / b.mean(axis=axis)
+
+    low, high = reproduce.interval(a, b, statistic=ratio)
+    drawn = [rng.choice(a, 10).mean() / rng.choice(b, 12).mean() for _ in range(5000)]
+    np.testing.assert_allclose((low, high), np.percentile(drawn, [2.5, 97.5]), rtol=0.03)
+    assert reproduce.interval(a, b, statistic=ratio) == (low, high)  # the same every time
+
+
+def test_interval_of_one_seed_is_a_point():
+    assert reproduce.interval(np.array([3.0])) == (3, 3)
+
+
+def curves(success, returns=None, steps=None, visited=None):
+    """Curves of success rates (seeds, evaluations)."""
+    success = np.array(success, dtype=float)
+    values = {"eval/success_rate": success, "eval/return": success if returns is None else np.array(returns)}
+    if visited is not None:
+        values["eval/visited_cells"] = np.array(visited, dtype=float)
+    count = success.shape[1]
+    return Curves([*range(1, len(success) + 1)], 100 * np.arange(count) if steps is None else np.array(steps), values)
+
+
+def test_statistics_of_a_setting():
+    setting = curves(
+        [[0, 0.5, 0.9, 0.2], [1, 0, 0, 0], [0, 0, 0, 0.89]], visited=[[np.nan] * 3 + [n] for n in (7, 8, 9)]
+    )
+    found = reproduce.statistics(setting)
+    assert found["steps to success"].tolist() == [200, 0, 300]  # the last one never, so all steps
+    assert found["success at the end"].tolist() == [0.2, 0, 0.89]
+    assert found["last eval/visited_cells"].tolist() == [7, 8, 9]
+    np.testing.assert_allclose(found["mean eval/return"], [0.4, 0.25, 0.2225])
+
+
+def test_data_and_summary_keep_what_they_are_given(tmp_path):
+    rng = np.random.default_rng(0)
+    success = rng.integers(0, 11, size=(4, 30)) / 10
+    visited = np.full((4, 30), np.nan)
+    visited[:, -1] = [5, 6, 7, 8]
+    data = {"a --x 1": curves(success, visited=visited), "b": curves(success[:2] / 2, returns=success[:2] - 1)}
+    reproduce.write_data(tmp_path / "data.csv", data)
+    read = reproduce.read_data(tmp_path / "data.csv")
+    assert read.keys() == data.keys()
+    for command, setting in data.items():
+        assert read[command].seeds == setting.seeds
+        assert (read[command].steps == setting.steps).all()
+        for tag, values in setting.values.items():
+            np.testing.assert_allclose(read[command].values[tag], values, rtol=1e-5)
+    reproduce.write_summary(tmp_path / "summary.csv", read)
+    rows = [line.split(",") for line in (tmp_path / "summary.csv").read_text().splitlines()]
+    (row,) = [row for row in rows if row[0] == "a --x 1" and row[2] == "last eval/visited_cells"]
+    assert [float(value) for value in (row[1], row[3], row[6], row[7])] == [4, 6.5, 5, 8]
+
+
+# ------------------------------------------------------------------------------------------------------ verdicts
+
+
+def judge(*settings, **claim):
+    names = tuple("abcd"[: len(settings)])
+    claim = reproduce.Claim("fig2", "text", names, **claim)
+    return reproduce.judge(claim, dict(zip(names, settings, strict=True)))
+
+
+def solved_at(*evaluations):
+    return curves([[float(i >= first) for i in range(11)] for first in evaluations])
+
+
+def test_a_claim_holds_if_the_whole_interval_is_above_one():
+    slow, fast = solved_at(*[8, 9] * 5), solved_at(*[2, 3] * 5)
+    assert judge(slow, fast)[1:] == ("10", "holds")
+    assert "850 / 250" in judge(slow, fast)[0]
+    assert "ratio 3.40" in judge(slow, fast)[0]
+    assert judge(fast, slow)[1:] == ("10", "does not hold")
+    assert judge(slow, slow)[2] == "does not hold"
+    assert judge(solved_at(*[1, 2, 5, 9, 9] * 2), solved_at(*[1, 2, 4, 9, 9] * 2))[2] == "holds weakly"
+
+
+def test_failures_are_counted():
+    good, bad = solved_at(*[2] * 10), solved_at(*[2] * 7, *[11] * 3)
+    assert judge(bad, good, formula=None) == ("3 against 0 fail at the end", "10", "holds")
+    assert judge(bad, solved_at(*[2] * 9, 11), formula=None)[2] == "holds weakly"
+    assert judge(good, good, formula=None)[2] == "does not hold"
+
+
+def test_nothing_against_nothing_does_not_hold():
+    never = curves(np.zeros((10, 11)))
+    assert judge(never, never, statistic="success at the end")[2] == "does not hold"
+
+
+def test_a_claim_without_data_is_not_run():
+    claim = reproduce.Claim("fig2", "text", ("a", "b"))
+    assert reproduce.judge(claim, {"a": solved_at(1)})[2] == "not run"
+    assert reproduce.judge(reproduce.Claim("fig7", "text"), {})[2] == "not run"
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def test_all_figures_of_the_paper_are_there():
+    assert [*FIGURES] == [f"fig{i}" for i in range(2, 20)]
+    for name, figure in FIGURES.items():
+        assert bool(figure.panels) != bool(figure.needs), name
+        assert not figure.needs or not (ROOT / figure.needs).exists(), (
+            f"{figure.needs} is there, but {name} has no panels"
+        )
+
+
+@pytest.mark.parametrize("command", SETTINGS)
+@pytest.mark.parametrize("scale", ["smoke", "laptop", "paper"])
+def test_scripts_accept_their_flags(command, scale):
+    run = reproduce.make_run(command, 3, Args(scale=scale))
+    module = importlib.import_module(run.command[0].removesuffix(".py"))
+    args = tyro.cli(module.Args, args=[*run.command[1:], "--run-dir", str(run.folder)])
+    assert args.seed == 3
+    assert args.total_timesteps > 0
+
+
+def test_runs_have_folders_of_their_own():
+    runs = [
+        reproduce.make_run(command, seed, Args(scale=s))
+        for command in SETTINGS
+        for seed in (1, 2)
+        for s in ("smoke", "laptop")
+    ]
+    assert len({run.folder for run in runs}) == len({run.command for run in runs}) == len(runs)
+
+
+def test_every_claim_is_about_settings_of_its_figure():
+    for claim in reproduce.CLAIMS:
+        settings = {command for panel in FIGURES[claim.figure].panels for command in panel.runs.values()}
+        assert set(claim.settings) <= settings, claim.text
+        assert bool(claim.settings) == bool(settings), claim.text
+    assert {claim.figure for claim in reproduce.CLAIMS} >= {*FIGURES} - {"fig12"}
+
+
+# ------------------------------------------------------------------------------------------------------ figures
+
+
+@pytest.fixture(scope="module")
+def smoke_runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Makes runs in this process, one after another, which is faster than a process for each."""
+    made = []
+
+    def execute(runs, workers):
+        for run in runs:
+            if not run.folder.exists():
+                module = importlib.import_module(run.command[0].removesuffix(".py"))
+                module.main(tyro.cli(module.Args, args=[*run.command[1:], "--run-dir", str(run.folder)]))
+                made.append(run)
+        return []
+
+    monkeypatch.setattr(reproduce, "execute_locally", execute)
+    return made
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", MAKEABLE)
+def test_smoke_makes_every_figure(name, tmp_path, smoke_runs, in_this_process):
+    args = Args(figures=(name,), scale="smoke", runs_dir=smoke_runs, results_dir=tmp_path / "results")
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main(args)
+    assert exit.value.code == 0
+    folder = tmp_path / "results" / name
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["data.csv", "summary.csv", f"{name}.png", "commands.txt", "origin.json"]
+    )
+    with Image.open(folder / f"{name}.png") as image:
+        assert image.width > 400
+        assert len(set(image.convert("L").resize((64, 64)).get_flattened_data())) > 10  # not empty
+    settings = {command for panel in FIGURES[name].panels for command in panel.runs.values()}
+    assert reproduce.read_data(folder / "data.csv").keys() == settings
+    assert len((folder / "commands.txt").read_text().splitlines()) == len(settings)
+    verdicts = (tmp_path / "results" / "README.md").read_text()
+    assert f"]({name}/{name}.png)" in verdicts
+    assert all(claim.text in verdicts for claim in reproduce.CLAIMS)
+
+    before, made = contents(tmp_path / "results"), len(in_this_process)
+    shutil.rmtree(folder)
+    with pytest.raises(SystemExit):
+        reproduce.main(Args(figures=(name,), scale="smoke", runs_dir=smoke_runs, results_dir=tmp_path / "results"))
+    after = contents(tmp_path / "results")
+    assert {path for path in before if before[path] != after[path]} == set()
+    assert len(in_this_process) == made  # nothing twice
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+# A program that is reproduce.py with one short figure of two settings.
+DRIVER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import reproduce
+runs = {{label: f"recall_a2c_fourroom.py --recall {{label}}" for label in ("none", "learned")}}
+reproduce.FIGURES = {{"fig2": reproduce.PaperFigure("6.1", "Four rooms", (reproduce.Panel("7 x 7", runs),))}}
+reproduce.CLAIMS = ()
+reproduce.SCALES["recall_a2c_fourroom.py"]["smoke"] = "STEPS"
+if __name__ == "__main__":
+    reproduce.main(reproduce.tyro.cli(reproduce.Args))
+"""
+
+
+def start(folder, *flags, steps=SMALL, **popen):
+    """Starts the program in a folder."""
+    (folder / "driver.py").write_text(DRIVER.replace("STEPS", steps))
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "driver.py", "--scale", "smoke", *flags]
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+def run(folder, *flags, **kwargs):
+    process = start(folder, *flags, **kwargs)
+    out, errors = process.communicate(timeout=300)
+    return process.returncode, out, errors
+
+
+def data(folder):
+    return (folder / "results" / "smoke" / "fig2" / "data.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A folder in which the program has run, with one seed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    status, out, errors = run(folder, steps=SMALL.replace("6000", "30000"))
+    assert (status, errors) == (0, ""), errors
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_started_again_it_loses_nothing_and_runs_nothing_twice(number, tmp_path, uninterrupted):
+    steps = SMALL.replace("6000", "30000")
+    process = start(tmp_path, "--workers", "1", steps=steps)
+    runs = tmp_path / "runs" / "reproduce" / "recall_a2c_fourroom"
+    deadline = time.time() + 120
+    while len([*runs.glob("*/checkpoint.pt")]) < 2 and time.time() < deadline:  # in the middle of the second run
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert "goes on from here" in errors
+    (first,) = runs.glob("recall=none*seed=1")
+    before = contents(first)
+    status, _, errors = run(tmp_path, "--workers", "2", steps=steps)
+    assert (status, errors) == (0, ""), errors
+    assert contents(first) == before  # the first run was finished
+    assert data(tmp_path) == data(uninterrupted)
+
+
+def test_deleted_results_come_back_byte_for_byte(tmp_path, uninterrupted):
+    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
+    before = contents(folder / "results")
+    shutil.rmtree(folder / "results")
+    status, _, errors = run(folder, steps=SMALL.replace("6000", "30000"))
+    assert (status, errors) == (0, "")
+    assert contents(folder / "results") == before
+
+
+def test_commands_of_a_dry_run_give_the_same_figure(tmp_path, uninterrupted):
+    steps = SMALL.replace("6000", "30000")
+    status, commands, _ = run(tmp_path, "--dry-run", steps=steps)
+    assert status == 0
+    assert len(commands.splitlines()) == 2
+    assert [path.name for path in tmp_path.iterdir() if path.name != "driver.py"] == []
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "envs", tmp_path / "envs")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for command in commands.splitlines():
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, check=True, capture_output=True)
+    status, _, errors = run(tmp_path, "--plot-only", steps=steps)
+    assert (status, errors) == (0, "")
+    assert data(tmp_path) == data(uninterrupted)
+
+
+def test_a_run_that_fails_is_reported_and_stops_no_other(tmp_path):
+    """The commands of `learned` are refused by the script, as its traces are longer than an episode."""
+    (tmp_path / "recall_a2c_fourroom.py").write_text("")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    driver = DRIVER.replace('--recall {label}"', "--recall {label} --trace-length {1 if label == 'none' else 50}\"")
+    (folder / "broken.py").write_text(driver.replace("STEPS", SMALL))
+    result = subprocess.run(
+        [sys.executable, "broken.py", "--scale", "smoke"], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 1
+    assert "exit status 2" in result.stderr
+    assert "--trace-length must be at most 49" in result.stderr
+    assert "1 of 2 runs failed" in result.stderr
+    read = reproduce.read_data(folder / "results" / "smoke" / "fig2" / "data.csv")
+    assert [setting.seeds for setting in read.values()] == [[1]]  # of the other setting
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("slurmctld", "slurmd", "sbatch"))), reason="Slurm is not installed")
+def test_slurm_makes_the_same_figure(tmp_path, uninterrupted):
+    """On a real slurmctld and slurmd of our own."""
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd needs root")
+    host, folder = os.uname().nodename, tmp_path / "slurm"
+    (folder / "state").mkdir(parents=True)
+    (folder / "spool").mkdir()
+    (folder / "slurm.conf").write_text(
+        f"ClusterName=test\nSlurmctldHost={host}\nAuthType=auth/none\nCredType=cred/none\nSlurmUser=root\n"
+        f"SlurmdUser=root\nStateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool\n"
+        f"SlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\nSlurmctldPort=27917\n"
+        f"SlurmdPort=27918\nProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nMpiDefault=none\n"
+        f"SelectType=select/cons_tres\nSelectTypeParameters=CR_Core\nReturnToService=2\n"
+        f"NodeName={host} CPUs=2 State=UNKNOWN\nPartitionName=main Nodes=ALL Default=YES State=UP\n"
+    )
+    env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
+    daemons = [
+        subprocess.Popen([name, "-D"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for name in ("slurmctld", "slurmd")
+    ]
+    try:
+        (tmp_path / "driver.py").write_text(DRIVER.replace("STEPS", SMALL.replace("6000", "30000")))
+        command = [sys.executable, "driver.py", "--scale", "smoke", "--engine", "slurm"]
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert data(tmp_path) == data(uninterrupted)
+        assert len([*(tmp_path / "runs" / "reproduce" / "slurm").glob("*_submission.sh")]) == 1  # one job array
+    finally:
+        for daemon in daemons:
+            daemon.terminate()
+            daemon.wait(timeout=60)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "word, settings",
+    [
+        ("figures", {"figures": ("fig1",)}),
+        ("figures", {"figures": ("fig2", "nonsense")}),
+        ("--seeds", {"seeds": 0}),
+        ("--workers", {"workers": 0}),
+        ("--runs-dir", {"runs_dir": Path("file/runs")}),
+        ("--results-dir", {"results_dir": Path("file")}),
+    ]
+    + [(figure.needs, {"figures": (name,)}) for name, figure in FIGURES.items() if figure.needs],
+)
+def test_refuses_bad_input(word, settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("precious")
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main(Args(**settings))
+    out, errors = capsys.readouterr()
+    assert (exit.value.code, out) == (2, "")
+    assert len(errors.splitlines()) == 1
+    assert word in errors
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"file"}
+    assert Path("file").read_text() == "precious"
+
+
+def test_slurm_without_submitit_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main(Args(engine="slurm"))
+    assert exit.value.code == 2
+    assert "pip install submitit" in capsys.readouterr().err
+
+
+def test_plot_only_without_runs_writes_no_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        reproduce.main(Args(figures=("fig2",), plot_only=True))
+    assert exit.value.code == 1
+    assert "40 runs are not finished" in capsys.readouterr().err
+    assert not (tmp_path / "results" / "fig2").exists()
+
+
+def test_list_names_all_figures_and_what_they_need(capsys):
+    reproduce.main(Args(list=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*FIGURES]
+    assert all(figure.needs in line for figure, line in zip(FIGURES.values(), lines, strict=True))
+
+
+def test_dry_run_prints_commands_of_a_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    reproduce.main(Args(figures=("fig2", "fig9"), dry_run=True, seeds=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines)) == 4 * 3 * 2  # figure 2 is part of figure 9
+    assert all(shlex.split(line)[:2] == ["python", "recall_a2c_fourroom.py"] for line in lines)
+
+
+def test_origin_names_commit_versions_and_hardware():
+    origin = json.loads(json.dumps(reproduce.origin()))
+    assert {"commit", "python", "torch", "numpy", "gymnasium", "hardware"} <= origin.keys()
+    assert origin["hardware"].startswith(f"{os.cpu_count()} cores of ")
