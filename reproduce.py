@@ -107,22 +107,23 @@ class Panel(NamedTuple):
 
 
 class PaperFigure(NamedTuple):
-    place: str  # in the paper
+    place: str  # in the paper, or ours
     title: str
     panels: tuple[Panel, ...] = ()
     needs: str = ""  # the script that is still to come
 
 
-METHODS = {"actor-critic": NONE, "PER": PER, "recall traces": RECALL}
+PERS = {"PER": PER, "PER by TD error": TD_ERROR}
+METHODS = {"actor-critic": NONE} | PERS | {"recall traces": RECALL}
 
 
 def rooms(size: int, runs: dict[str, str], kind: str = "curves", tag: str = "eval/return") -> Panel:
     return Panel(f"{size} x {size}", {label: f"{command} --size {size}" for label, command in runs.items()}, kind, tag)
 
 
-def visits(size: int) -> tuple[Panel, Panel]:
-    maps = rooms(size, {"PER": PER, "recall traces": RECALL}, "pictures", "pictures/visits")
-    return maps, rooms(size, METHODS, "finals", "eval/visited_cells")
+def visits(*sizes: int) -> tuple[Panel, ...]:
+    maps = [rooms(size, PERS | {"recall traces": RECALL}, "pictures", "pictures/visits") for size in sizes]
+    return *maps, *(rooms(size, METHODS, "finals", "eval/visited_cells") for size in sizes)
 
 
 ONCE = f"{RECALL} --recall-updates 1"
@@ -132,25 +133,30 @@ LENGTHS = {"1 : 1 (25)": ONCE} | {
     for n, length in ((5, 25), (5, 10), (20, 25), (20, 5))
 }
 
+STEP_SIZES = {"actor-critic": NONE, "recall traces": RECALL}
+STEP_SIZES |= {f"{label}, 2e-3": f"{command} --learning-rate 2e-3" for label, command in STEP_SIZES.items()}
+REPLAY_UPDATES = {"PER, 1": f"{PER} --replay-updates 1", "PER, 4": f"{PER} --replay-updates 4", "PER, 16": PER}
+REPLAY_UPDATES |= {"actor-critic": NONE, "recall traces": RECALL}
+
 FIGURES = {
     "fig2": PaperFigure(
-        "6.1",
+        "section 6.1",
         "Four rooms: recall traces against the actor-critic",
         tuple(rooms(size, {"actor-critic": NONE, "recall traces": RECALL}) for size in (15, 19)),
     ),
     "fig3": PaperFigure(
-        "6.2",
+        "section 6.2",
         "Four rooms: where the trained policies go",
-        tuple(panel for size in (11, 15) for panel in visits(size)),
+        visits(11, 15),
     ),
     "fig4": PaperFigure(
-        "6.2",
+        "section 6.2",
         "Four rooms: recall traces against prioritized replay",
-        tuple(rooms(size, METHODS | {"PER by TD error": TD_ERROR}) for size in (11, 15)),
+        tuple(rooms(size, METHODS) for size in (11, 15)),
     ),
-    "fig5": PaperFigure("6.3", "U-maze ant: coverage heat maps", needs="recall_goalgan_ant.py"),
-    "fig6": PaperFigure("6.4", "MuJoCo: recall traces with TRPO", needs="recall_trpo.py"),
-    "fig7": PaperFigure("6.5", "MuJoCo: recall traces with SAC", needs="recall_sac.py"),
+    "fig5": PaperFigure("section 6.3", "U-maze ant: coverage heat maps", needs="recall_goalgan_ant.py"),
+    "fig6": PaperFigure("section 6.4", "MuJoCo: recall traces with TRPO", needs="recall_trpo.py"),
+    "fig7": PaperFigure("section 6.5", "MuJoCo: recall traces with SAC", needs="recall_sac.py"),
     "fig8": PaperFigure("App. B", "MuJoCo: trace lengths with TRPO", needs="recall_trpo.py"),
     "fig9": PaperFigure(
         "App. D",
@@ -163,7 +169,7 @@ FIGURES = {
     "fig10": PaperFigure(
         "App. D",
         "Four rooms: recall traces against prioritized replay, 13 x 13",
-        (rooms(13, METHODS | {"PER by TD error": TD_ERROR}), *visits(13)),
+        (rooms(13, METHODS), *visits(13)),
     ),
     "fig11": PaperFigure("App. D", "Point mass: coverage heat maps", needs="recall_goalgan_ant.py"),
     "fig12": PaperFigure("App. D", "U-maze ant: coverage heat maps over time", needs="recall_goalgan_ant.py"),
@@ -186,6 +192,16 @@ FIGURES = {
         tuple(rooms(size, LENGTHS) for size in (12, 14, 15)),
     ),
     "fig19": PaperFigure("App. H", "MuJoCo: recall updates with SAC", needs="recall_sac.py"),
+    "step-size": PaperFigure(
+        "ours",
+        "Four rooms: a faster actor-critic (RMSprop 2e-3 instead of 7e-4)",
+        tuple(rooms(size, STEP_SIZES) for size in (15, 19)),
+    ),
+    "replay-updates": PaperFigure(
+        "ours",
+        "Four rooms: batches for each phase of prioritized replay",
+        tuple(rooms(size, REPLAY_UPDATES) for size in (11, 15)),
+    ),
 }
 
 
@@ -404,6 +420,14 @@ def steps_to_success(setting: Curves) -> np.ndarray:
     return setting.steps[np.where(reached.any(axis=1), reached.argmax(axis=1), -1)].astype(float)
 
 
+def steps_to_lasting_success(setting: Curves) -> np.ndarray:
+    """Environment steps to the first success from which on 90 % of all evaluations succeed, or all steps, (seeds,)."""
+    success = setting.values["eval/success_rate"]
+    from_here_on = success[:, ::-1].cumsum(axis=1)[:, ::-1] / np.arange(success.shape[1], 0, -1)
+    lasting = (success >= 0.9) & (from_here_on >= 0.9)
+    return setting.steps[np.where(lasting.any(axis=1), lasting.argmax(axis=1), -1)].astype(float)
+
+
 def success_at_the_end(setting: Curves) -> np.ndarray:
     """Mean success rate of the last tenth of all evaluations, (seeds,)."""
     success = setting.values["eval/success_rate"]
@@ -416,6 +440,7 @@ def statistics(setting: Curves) -> dict[str, np.ndarray]:
     found["mean eval/return"] = setting.values["eval/return"].mean(axis=1)
     if "eval/success_rate" in setting.values:
         found |= {"steps to success": steps_to_success(setting), "success at the end": success_at_the_end(setting)}
+        found["steps to lasting success"] = steps_to_lasting_success(setting)
     return found
 
 
@@ -444,7 +469,7 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
     for panel in figure.panels:
         runs = {label: command for label, command in panel.runs.items() if command in curves}
         boxes += [(panel, {label: runs[label]}) for label in runs] if panel.kind == "pictures" else [(panel, runs)]
-    across = {4: 2}.get(len(boxes), min(len(boxes), 3))
+    across = 2 if len(boxes) == 4 and not any(panel.kind == "pictures" for panel, _ in boxes) else min(len(boxes), 3)
     down = -(-len(boxes) // across)
     with matplotlib.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
         drawing = Figure(figsize=(4.6 * across, 3.8 * down + 0.5), layout="constrained")
@@ -500,96 +525,70 @@ class Claim(NamedTuple):
     statistic: str = "steps to success"
 
 
-def in_rooms(size: int, *commands: str) -> tuple[str, ...]:
-    return tuple(f"{command} --size {size}" for command in commands)
+def in_rooms(figure: str, text: str, sizes: tuple[int, ...], *commands: str, **changes) -> list[Claim]:
+    """The same claim for each of several mazes."""
+    return [
+        Claim(
+            figure,
+            f"{text} ({size} x {size})",
+            tuple(f"{command} --size {size}" for command in commands),
+            **changes,
+        )
+        for size in sizes
+    ]
 
 
-VISITED = "last eval/visited_cells"
+def grows(figure: str, text: str, small: int, large: int, a: str, b: str) -> Claim:
+    """The ratio of a to b is larger in the large maze."""
+    settings = tuple(f"{command} --size {size}" for size in (large, small) for command in (a, b))
+    return Claim(figure, f"{text} ({large} against {small})", settings, lambda a, b, c, d: (a / b) / (c / d))
+
+
+VISITED, AT_THE_END = {"statistic": "last eval/visited_cells"}, {"statistic": "success at the end"}
 CLAIMS = (
-    *(
-        Claim(
-            "fig2",
-            f"Recall traces need fewer steps than the actor-critic ({size} x {size})",
-            in_rooms(size, NONE, RECALL),
-        )
-        for size in (15, 19)
-    ),
-    Claim(
-        "fig2",
-        "At size 19 several actor-critics fail to converge, recall traces never",
-        in_rooms(19, NONE, RECALL),
-        None,
-    ),
-    *(
-        Claim(
-            "fig3",
-            f"Recall traces visit more cells than PER ({size} x {size})",
-            in_rooms(size, RECALL, PER),
-            statistic=VISITED,
-        )
-        for size in (11, 15)
-    ),
-    Claim(
-        "fig4",
-        "PER is competitive in the small maze: fewer steps than the actor-critic (11 x 11)",
-        in_rooms(11, NONE, PER),
-    ),
-    Claim("fig4", "Recall traces need fewer steps than PER (15 x 15)", in_rooms(15, PER, RECALL)),
+    *in_rooms("fig2", "Recall traces need fewer steps than the actor-critic", (15, 19), NONE, RECALL),
+    *in_rooms("fig2", "Several actor-critics fail to converge, recall traces never", (19,), NONE, RECALL, formula=None),
+    *in_rooms("fig3", "Recall traces visit more cells than PER", (11, 15), RECALL, PER, **VISITED),
+    *in_rooms("fig3", "Recall traces visit more cells than PER by TD error", (11, 15), RECALL, TD_ERROR, **VISITED),
+    *in_rooms("fig4", "PER needs fewer steps than the actor-critic in the small maze", (11,), NONE, PER),
+    *in_rooms("fig4", "Recall traces need fewer steps than PER", (15,), PER, RECALL),
+    *in_rooms("fig4", "Recall traces need fewer steps than PER by TD error", (15,), TD_ERROR, RECALL),
+    grows("fig4", "The lead of recall traces over PER grows with the maze", 11, 15, PER, RECALL),
     Claim("fig5", "U-maze ant: 63 % coverage after 155 iterations instead of 275 (also fig12)"),
     Claim("fig6", "TRPO: recall traces learn faster and end higher on all tasks"),
     Claim("fig7", "SAC: recall traces learn faster on all tasks, most on Ant"),
     Claim("fig8", "TRPO: the best length of the traces depends on the task"),
-    Claim(
-        "fig9",
-        "The benefit of recall traces grows with the size of the maze (19 x 19 against 11 x 11)",
-        (*in_rooms(19, NONE, RECALL), *in_rooms(11, NONE, RECALL)),
-        lambda a, b, c, d: (a / b) / (c / d),
-    ),
-    Claim("fig10", "Recall traces need fewer steps than PER (13 x 13)", in_rooms(13, PER, RECALL)),
-    Claim("fig10", "Recall traces visit more cells than PER (13 x 13)", in_rooms(13, RECALL, PER), statistic=VISITED),
-    Claim(
-        "fig4",
-        "The gap to PER grows with the size of the maze (15 x 15 against 11 x 11; also fig10)",
-        (*in_rooms(15, PER, RECALL), *in_rooms(11, PER, RECALL)),
-        lambda a, b, c, d: (a / b) / (c / d),
-    ),
+    grows("fig9", "The benefit of recall traces grows with the maze", 11, 19, NONE, RECALL),
+    *in_rooms("fig10", "Recall traces need fewer steps than PER", (13,), PER, RECALL),
+    *in_rooms("fig10", "Recall traces visit more cells than PER", (13,), RECALL, PER, **VISITED),
+    *in_rooms("fig10", "Recall traces visit more cells than PER by TD error", (13,), RECALL, TD_ERROR, **VISITED),
     Claim("fig11", "Point mass: 96 % coverage after 40 iterations, without recall traces 78 % after 60"),
     Claim("fig13", "U-mazes: recall traces raise coverage faster"),
-    Claim(
-        "fig14", "A learned backward policy needs fewer steps than a random one (15 x 15)", in_rooms(15, RANDOM, RECALL)
-    ),
-    Claim(
-        "fig14",
-        "A learned backward policy succeeds more often at the end than a random one (15 x 15)",
-        in_rooms(15, RECALL, RANDOM),
-        statistic="success at the end",
-    ),
+    *in_rooms("fig14", "Learned backward actions need fewer steps than random ones", (15,), RANDOM, RECALL),
+    *in_rooms("fig14", "Learned backward actions succeed more often in the end", (15,), RECALL, RANDOM, **AT_THE_END),
     Claim("fig15", "SAC: a learned backtracking model is better than a random one"),
     Claim("fig16", "TRPO: a forward model does not help"),
-    *(
-        Claim(
-            "fig17",
-            f"Fewer recall phases for each real update slow learning down ({size} x {size}, 10 : 1 against 1 : 1)",
-            in_rooms(size, RATIOS["10 : 1"], RATIOS["1 : 1"]),
-        )
-        for size in (12, 14, 15)
+    *in_rooms(
+        "fig17",
+        "Rarer recall, 10 : 1 instead of 1 : 1, needs more steps",
+        (12, 14, 15),
+        RATIOS["10 : 1"],
+        RATIOS["1 : 1"],
     ),
-    *(
-        Claim(
-            "fig18",
-            f"More recall updates help with short traces ({size} x {size}, 1 : 1 (25) against 1 : 20 (5))",
-            in_rooms(size, LENGTHS["1 : 1 (25)"], LENGTHS["1 : 20 (5)"]),
-        )
-        for size in (12, 14, 15)
+    *in_rooms(
+        "fig18",
+        "More recall updates on short traces, 1 : 20 (5) instead of 1 : 1 (25), need fewer steps",
+        (12, 14, 15),
+        LENGTHS["1 : 1 (25)"],
+        LENGTHS["1 : 20 (5)"],
     ),
-    *(
-        Claim(
-            "fig18",
-            f"Many recall updates with long traces spoil the policy ({size} x {size}, 1 : 20 (5) against 1 : 20 (25))",
-            in_rooms(size, LENGTHS["1 : 20 (5)"], LENGTHS["1 : 20 (25)"]),
-            statistic="success at the end",
-        )
-        for size in (12, 14, 15)
+    *in_rooms(
+        "fig18",
+        "Many recall updates on long traces, 1 : 20 (25) instead of 1 : 20 (5), spoil the policy in the end",
+        (12, 14, 15),
+        LENGTHS["1 : 20 (5)"],
+        LENGTHS["1 : 20 (25)"],
+        **AT_THE_END,
     ),
     Claim("fig19", "SAC: 10 or 20 recall updates are better than 5, with shorter traces"),
 )
@@ -644,29 +643,15 @@ def write_verdicts(results_dir: Path) -> None:
     for claim in CLAIMS:
         ours, seeds, verdict = judge(claim, data.get(claim.figure, {}))
         link = f"[{claim.figure}](#{claim.figure})" if claim.figure in data else claim.figure
-        command = (
-            f"`python reproduce.py {claim.figure}`"
-            if claim.figure in data
-            else f"needs `{FIGURES[claim.figure].needs}`"
-        )
+        needs = FIGURES[claim.figure].needs
+        command = f"needs `{needs}`" if needs else f"`python reproduce.py {claim.figure}`"
         lines.append(f"| {link} | {claim.text} | {ours} | {seeds} | **{verdict}** | {command} |")
     for name in data:
         figure, made = FIGURES[name], json.loads((results_dir / name / "origin.json").read_text())
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            f"{figure.title} (section {figure.place})."
-            if figure.place[0].isdigit()
-            else f"{figure.title} ({figure.place}).",
-        ]
-        lines += ["", f"![{name}]({name}/{name}.png)", ""]
-        origins = "; ".join(
-            f"{o['runs']} runs at {o['commit']} on {o['hardware']}, torch {o.get('torch', '?')}" for o in made
-        )
-        lines.append(
-            f"{origins}. [commands]({name}/commands.txt), [data]({name}/data.csv), [summary]({name}/summary.csv)"
-        )
+        hosts = (f"{o['runs']} runs at {o['commit']} on {o['hardware']}, torch {o.get('torch', '?')}" for o in made)
+        files = ", ".join(f"[{file}]({name}/{file})" for file in ("commands.txt", "data.csv", "summary.csv"))
+        lines += ["", f"## {name}", "", f"{figure.title} ({figure.place}). `python reproduce.py {name}`", ""]
+        lines += [f"![{name}]({name}/{name}.png)", "", f"{'; '.join(hosts)}. {files}"]
     (results_dir / "README.md").write_text("\n".join(lines) + "\n")
 
 
@@ -725,7 +710,7 @@ def make_figure(name: str, args: Args) -> bool:
 def main(args: Args) -> None:
     if args.list:
         for name, figure in FIGURES.items():
-            print(f"{name:6} {figure.place:7} {figure.title}" + (f" (needs {figure.needs})" if figure.needs else ""))
+            print(f"{name:6} {figure.place:11} {figure.title}" + (f" (needs {figure.needs})" if figure.needs else ""))
         return
     smoke = args.scale == "smoke"
     args.seeds = args.seeds if args.seeds is not None else 1 if smoke else 10
