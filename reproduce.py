@@ -1,11 +1,13 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#     "gymnasium==1.4.0",
 #     "matplotlib==3.11.2",
 #     "numpy==2.4.6",
 #     "pillow==13.0.0",
 #     "scipy==1.17.1",
 #     "tensorboard==2.21.0",
+#     "torch==2.13.0",
 #     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
@@ -62,7 +64,7 @@ class Args:
     list: bool = False
     """list all figures of the paper, and stop"""
     dry_run: bool = False
-    """print the command of every run, one a line, and stop"""
+    """print the commands of all runs that are left, one a line, and stop"""
     plot_only: bool = False
     """start no run, draw what the finished ones give"""
     scale: Literal["smoke", "laptop", "paper"] = "laptop"
@@ -214,8 +216,8 @@ class Run(NamedTuple):
     command: tuple[str, ...]
     folder: Path
 
-    def __str__(self) -> str:
-        return shlex.join(("python", *self.command, "--run-dir", str(self.folder)))
+    def start(self) -> list[str]:
+        return [*self.command, "--run-dir", str(self.folder)]
 
 
 def make_run(command: str, seed: int, args: Args) -> Run:
@@ -242,6 +244,13 @@ def read_run(run: Run) -> EventAccumulator | None:
     return None
 
 
+def what_is_left(run: Run) -> list[str]:
+    """The command that starts or resumes a run; empty if the run is finished."""
+    if run.folder.exists() and read_run(run) is not None:
+        return []
+    return [run.command[0], "--resume", str(run.folder)] if (run.folder / "args.json").exists() else run.start()
+
+
 def execute(run: Run, processes: set[subprocess.Popen]) -> str:
     """Starts or resumes a run, unless it is finished, and waits for its end; returns its last lines if it failed.
 
@@ -251,20 +260,18 @@ def execute(run: Run, processes: set[subprocess.Popen]) -> str:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.folder}.log", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        if run.folder.exists() and read_run(run) is not None:
+        left = what_is_left(run)
+        if not left:
             return ""
-        arguments = [*run.command, "--run-dir", str(run.folder)]
-        if (run.folder / "args.json").exists():
-            arguments = [run.command[0], "--resume", str(run.folder)]
-        else:
+        if left == run.start():
             Path(f"{run.folder}.json").write_text(json.dumps(origin(), indent=4))
-        command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+        command = [sys.executable, str(ROOT / left[0]), *left[1:]]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
         processes.add(process)
         status = process.wait()
         processes.discard(process)
     last_lines = Path(f"{run.folder}.log").read_text().splitlines()[-5:]
-    return "" if status == 0 else "\n".join((str(run), f"exit status {status}", *last_lines))
+    return "" if status == 0 else "\n".join((shlex.join(left), f"exit status {status}", *last_lines))
 
 
 def origin() -> dict[str, str]:
@@ -460,6 +467,7 @@ def write_summary(path: Path, curves: dict[str, Curves]) -> None:
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"actor-critic": "#000000", "recall traces": "#0072b2", "PER": "#d55e00", "PER by TD error": "#e69f00"}
 COLOURS |= {"both learned": "#009e73", "random backward actions": "#cc79a7"}
+LABELS = {"eval/return": "return of the greedy policy", "eval/visited_cells": "distinct cells visited"}
 MORE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
@@ -500,10 +508,10 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
                     )
             axes.set_title(panel.title)
             if panel.kind == "curves":
-                axes.set(xlabel="environment steps (thousands)", ylabel=panel.tag)
+                axes.set(xlabel="environment steps (thousands)", ylabel=LABELS[panel.tag])
             else:
                 axes.set_xticks(range(len(runs)), [label.replace(" ", "\n") for label in runs])
-                axes.set(ylabel=panel.tag, ylim=(0, None), xlim=(-0.5, len(runs) - 0.5))
+                axes.set(ylabel=LABELS[panel.tag], ylim=(0, None), xlim=(-0.5, len(runs) - 0.5))
         for axes in drawing.axes[len(boxes) :]:
             axes.axis("off")
         if legend:
@@ -651,7 +659,7 @@ def write_verdicts(results_dir: Path) -> None:
         hosts = (f"{o['runs']} runs at {o['commit']} on {o['hardware']}, torch {o.get('torch', '?')}" for o in made)
         files = ", ".join(f"[{file}]({name}/{file})" for file in ("commands.txt", "data.csv", "summary.csv"))
         lines += ["", f"## {name}", "", f"{figure.title} ({figure.place}). `python reproduce.py {name}`", ""]
-        lines += [f"![{name}]({name}/{name}.png)", "", f"{'; '.join(hosts)}. {files}"]
+        lines += [f"![{name}]({name}/{name}.png)", "", f"{'; '.join(hosts) or 'Runs of unknown origin'}. {files}"]
     (results_dir / "README.md").write_text("\n".join(lines) + "\n")
 
 
@@ -698,7 +706,7 @@ def make_figure(name: str, args: Args) -> bool:
     curves = read_data(folder / "data.csv")
     write_summary(folder / "summary.csv", curves)
     runs = [run for runs in figure_runs(name, args).values() for run in runs if run not in missing]
-    (folder / "commands.txt").write_text("".join(f"{run}\n" for run in runs))
+    (folder / "commands.txt").write_text("".join(f"{shlex.join(('python', *run.start()))}\n" for run in runs))
     origins = Counter(Path(f"{run.folder}.json").read_text() for run in runs if Path(f"{run.folder}.json").exists())
     made = [json.loads(text) | {"runs": number} for text, number in sorted(origins.items())]
     (folder / "origin.json").write_text(json.dumps(made, indent=4) + "\n")
@@ -719,7 +727,8 @@ def main(args: Args) -> None:
     names = args.figures or [name for name, figure in FIGURES.items() if figure.panels]
     runs = [*dict.fromkeys(run for name in names for runs in figure_runs(name, args).values() for run in runs)]
     if args.dry_run:
-        print(*runs, sep="\n")
+        for left in filter(None, map(what_is_left, runs)):
+            print(shlex.join(("python", *left)))
         return
     failures = []
     if not args.plot_only:

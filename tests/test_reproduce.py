@@ -3,12 +3,14 @@
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +171,13 @@ def test_scripts_accept_their_flags(command, scale):
     args = tyro.cli(module.Args, args=[*run.command[1:], "--run-dir", str(run.folder)])
     assert args.seed == 3
     assert args.total_timesteps > 0
+
+
+def test_pep_723_block_holds_all_that_the_scripts_need():
+    block = re.search(r"(?ms)^# /// script$(.*?)^# ///$", (ROOT / "reproduce.py").read_text())[1]
+    dependencies = tomllib.loads(re.sub(r"(?m)^# ?", "", block))["dependencies"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(dependencies) == {line for line in lines if not line.startswith(("#", "pytest"))}
 
 
 def test_runs_have_folders_of_their_own():
@@ -341,6 +350,12 @@ def test_commands_of_a_dry_run_give_the_same_figure(tmp_path, uninterrupted):
     status, _, errors = run(tmp_path, "--plot-only", steps=steps)
     assert (status, errors) == (0, "")
     assert data(tmp_path) == data(uninterrupted)
+    assert run(tmp_path, "--dry-run", steps=steps) == (0, "", "")  # nothing is left
+    (half_done,) = tmp_path.glob("runs/reproduce/*/recall=none*seed=1")
+    for file in half_done.glob("events.*"):
+        file.unlink()
+    status, commands, _ = run(tmp_path, "--dry-run", steps=steps)
+    assert commands == f"python recall_a2c_fourroom.py --resume {shlex.quote(str(half_done.relative_to(tmp_path)))}\n"
 
 
 def test_a_run_that_fails_is_reported_and_stops_no_other(tmp_path):
