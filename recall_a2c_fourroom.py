@@ -536,7 +536,7 @@ def make_envs(args: Args, num_envs: int) -> FourRoomVectorEnv:
     return envs.unwrapped
 
 
-AT_MOST = {"gamma": 1, "gae_lambda": 1, "top_fraction": 1, "seed": 2**63 - 1, "torch_threads": 1024}
+AT_MOST = {"gamma": 1, "gae_lambda": 1, "top_fraction": 1, "size": 500, "seed": 2**63 - 1, "torch_threads": 1024}
 
 
 def check(args: Args) -> None:

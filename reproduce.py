@@ -26,6 +26,7 @@ are finished and resumes the others.
 
 import csv
 import fcntl
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -36,21 +37,22 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TextIO
 
 import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.stats import DegenerateDataWarning, bootstrap, trim_mean
+from scipy.stats import DegenerateDataWarning, bootstrap, fisher_exact, trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -74,7 +76,7 @@ class Args:
     workers: int = os.cpu_count() or 1
     """runs at a time, each with one torch thread"""
     engine: Literal["local", "slurm"] = "local"
-    """slurm: submit the runs as one job array (needs `pip install submitit` and a shared folder)"""
+    """slurm: submit the runs as one job array, --workers of them at a time (pip install submitit; shared folders)"""
     runs_dir: Path = Path("runs/reproduce")
     """folder of the runs"""
     results_dir: Path | None = None
@@ -104,7 +106,9 @@ class Panel(NamedTuple):
 
     title: str
     runs: dict[str, str]
-    kind: Literal["curves", "finals", "pictures"] = "curves"  # tag against steps; its last values; a picture of seed 1
+    kind: Literal["curves", "finals", "pictures"] = (
+        "curves"  # tag against steps; its last values; a picture of one seed
+    )
     tag: str = "eval/return"
 
 
@@ -244,6 +248,19 @@ def read_run(run: Run) -> EventAccumulator | None:
     return None
 
 
+def has_other_arguments(run: Run) -> str:
+    """Which argument of the run in the folder is not what its command means today, as a default has changed since."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    module = importlib.import_module(run.command[0].removesuffix(".py"))
+    today = json.loads(json.dumps(asdict(tyro.cli(module.Args, args=run.start()[1:])), default=str))
+    then = json.loads((run.folder / "args.json").read_text())
+    for name, value in today.items():
+        if value is not None and name != "run_dir" and then.get(name) != value:
+            return f"{name} was {then.get(name)} and is {value} now"
+    return ""
+
+
 def what_is_left(run: Run) -> list[str]:
     """The command that starts or resumes a run; empty if the run is finished."""
     if run.folder.exists() and read_run(run) is not None:
@@ -251,27 +268,50 @@ def what_is_left(run: Run) -> list[str]:
     return [run.command[0], "--resume", str(run.folder)] if (run.folder / "args.json").exists() else run.start()
 
 
-def execute(run: Run, processes: set[subprocess.Popen]) -> str:
-    """Starts or resumes a run, unless it is finished, and waits for its end; returns its last lines if it failed.
+class Processes:
+    """The processes that are at work, and whether to stop."""
+
+    def __init__(self):
+        self.running: set[subprocess.Popen] = set()
+        self.stopping = False
+
+
+def execute(run: Run, processes: Processes) -> str:
+    """Starts or resumes a run, unless it is finished, and waits for its end; returns a report if it failed.
 
     Its log file is locked as long as the process lives. So a second start, after this program was killed, waits for a
-    process that is still at work rather than starting another one in the same folder. The process is in `processes`.
+    process that is still at work rather than starting another one in the same folder.
     """
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{run.folder}.log", "a") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        left = what_is_left(run)
-        if not left:
-            return ""
-        if left == run.start():
-            Path(f"{run.folder}.json").write_text(json.dumps(origin(), indent=4))
-        command = [sys.executable, str(ROOT / left[0]), *left[1:]]
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        processes.add(process)
-        status = process.wait()
-        processes.discard(process)
-    last_lines = Path(f"{run.folder}.log").read_text().splitlines()[-5:]
-    return "" if status == 0 else "\n".join((shlex.join(left), f"exit status {status}", *last_lines))
+    try:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{run.folder}.log", "a") as log:
+            while not locked(log) and not processes.stopping:
+                time.sleep(0.2)
+            left = what_is_left(run)
+            if (run.folder / "args.json").exists() and (difference := has_other_arguments(run)):
+                return f"{run.folder} is of another version: {difference}. Delete it, or use another --runs-dir"
+            if not left or processes.stopping:
+                return ""
+            if left == run.start():
+                Path(f"{run.folder}.json").write_text(json.dumps(origin(), indent=4))
+            command = [sys.executable, str(ROOT / left[0]), *left[1:]]
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            processes.running.add(process)
+            status = process.wait()
+            processes.running.discard(process)
+        last_lines = Path(f"{run.folder}.log").read_text().splitlines()[-5:]
+        return "" if status == 0 else "\n".join((shlex.join(left), f"exit status {status}", *last_lines))
+    except Exception as error:  # one run must not stop the others
+        return f"{run.folder}: {error!r}"
+
+
+def locked(log: TextIO) -> bool:
+    """Whether the lock on a log file could be taken."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def origin() -> dict[str, str]:
@@ -294,7 +334,7 @@ def origin() -> dict[str, str]:
 
 def execute_locally(runs: list[Run], workers: int) -> list[str]:
     """Executes all runs, so many at a time, with a progress bar; returns the reports of those that failed."""
-    failures, processes = [], set()
+    failures, processes = [], Processes()
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as progress:
         futures = [pool.submit(execute, run, processes) for run in runs]
         try:
@@ -304,9 +344,10 @@ def execute_locally(runs: list[Run], workers: int) -> list[str]:
                     failures.append(future.result())
                     progress.write(failures[-1], file=sys.stderr)
         except KeyboardInterrupt:
+            processes.stopping = True
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures):
-                for process in [*processes]:
+                for process in [*processes.running]:
                     process.terminate()  # it writes a checkpoint
                 time.sleep(0.2)
             raise
@@ -322,7 +363,11 @@ def execute_on_slurm(runs: list[Run], workers: int) -> list[str]:
     executor.update_parameters(
         name="recall-traces", cpus_per_task=1, timeout_min=24 * 60, slurm_array_parallelism=workers
     )
-    jobs = executor.map_array(execute, runs, [set() for _ in runs])
+    runs = [run for run in runs if what_is_left(run)]
+    try:
+        jobs = executor.map_array(execute, runs, [Processes() for _ in runs])
+    except Exception as error:  # whatever sbatch says
+        fail(f"--engine slurm: the jobs cannot be submitted: {error}".splitlines()[0])
     failures = []
     with tqdm(total=len(jobs), unit=" runs", disable=None) as progress:
         try:
@@ -489,8 +534,10 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
                 axes.axis("off")
                 axes.set_title(f"{label}, {panel.title}")
                 continue
+            free = [colour for colour in MORE_COLOURS if colour not in map(COLOURS.get, panel.runs)]
+            own = [label for label in panel.runs if label not in COLOURS]
             for i, (label, command) in enumerate(runs.items()):
-                colour, setting = COLOURS.get(label, MORE_COLOURS[i % len(MORE_COLOURS)]), curves[command]
+                colour, setting = COLOURS.get(label) or free[own.index(label) % len(free)], curves[command]
                 values = setting.values[panel.tag]
                 if panel.kind == "curves":
                     low, high = interval(values.T)
@@ -524,13 +571,14 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
 
 
 class Claim(NamedTuple):
-    """A claim of the paper as a ratio that has to be above 1: a formula of the interquartile means of some settings."""
+    """A claim of the paper as a number that has to be above a bound: a formula of interquartile means."""
 
     figure: str
     text: str
     settings: tuple[str, ...] = ()  # none: not run yet
     formula: Callable[..., float] | None = lambda a, b: a / b  # None: counts the seeds that fail
     statistic: str = "steps to success"
+    above: float = 1
 
 
 def in_rooms(figure: str, text: str, sizes: tuple[int, ...], *commands: str, **changes) -> list[Claim]:
@@ -552,7 +600,8 @@ def grows(figure: str, text: str, small: int, large: int, a: str, b: str) -> Cla
     return Claim(figure, f"{text} ({large} against {small})", settings, lambda a, b, c, d: (a / b) / (c / d))
 
 
-VISITED, AT_THE_END = {"statistic": "last eval/visited_cells"}, {"statistic": "success at the end"}
+VISITED = {"statistic": "last eval/visited_cells"}
+AT_THE_END = {"statistic": "success at the end", "formula": lambda a, b: a - b, "above": 0}
 CLAIMS = (
     *in_rooms("fig2", "Recall traces need fewer steps than the actor-critic", (15, 19), NONE, RECALL),
     *in_rooms("fig2", "Several actor-critics fail to converge, recall traces never", (19,), NONE, RECALL, formula=None),
@@ -603,31 +652,32 @@ CLAIMS = (
 
 
 def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
-    """What came out, the number of seeds, and the verdict."""
+    """What came out, the seeds, and the verdict."""
     if not claim.settings or not set(claim.settings) <= curves.keys():
         return "", "", "not run"
     settings = [curves[command] for command in claim.settings]
-    seeds = str(min(len(setting.seeds) for setting in settings))
+    seeds = ", ".join(dict.fromkeys(str(len(setting.seeds)) for setting in settings))
     if claim.formula is None:
         failed = [int((success_at_the_end(setting) < 0.9).sum()) for setting in settings]
-        verdict = (
-            "holds"
-            if failed[0] > 1 and failed[1] == 0
-            else "holds weakly"
-            if failed[0] > failed[1]
-            else "does not hold"
-        )
-        return f"{failed[0]} against {failed[1]} fail at the end", seeds, verdict
-    samples = [statistics(setting)[claim.statistic] for setting in settings]
+        table = [(count, len(setting.seeds) - count) for count, setting in zip(failed, settings, strict=True)]
+        p = fisher_exact(table, alternative="greater").pvalue
+        value, low, above = failed[0] > failed[1], p < 0.05, 0
+        ours = f"{failed[0]} against {failed[1]} seeds fail at the end; p = {p:.2f} (Fisher's exact test)"
+    else:
+        samples = [statistics(setting)[claim.statistic] for setting in settings]
 
-    def ratio(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
-        return claim.formula(*(interquartile_mean(sample, axis) for sample in samples))
+        def number(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+            return claim.formula(*(interquartile_mean(sample, axis) for sample in samples))
 
-    with np.errstate(all="ignore"):  # 0 / 0 is no number, and does not hold
-        value, (low, high) = ratio(*samples), interval(*samples, statistic=ratio)
-    verdict = "holds" if low > 1 else "holds weakly" if value > 1 else "does not hold"
-    means = " / ".join(f"{interquartile_mean(sample):,.4g}".replace("e+04", "0k") for sample in samples)
-    return f"{claim.statistic}: {means}; ratio {value:.2f} [{low:.2f}, {high:.2f}]", seeds, verdict
+        value, (low, high), above = number(*samples), interval(*samples, statistic=number), claim.above
+        means = " / ".join(f"{m:,.0f}" if m >= 1000 else f"{m:.4g}" for m in map(interquartile_mean, samples))
+        ours = f"{claim.statistic}: {means}; {'ratio' if above else 'difference'} {value:.2f} [{low:.2f}, {high:.2f}]"
+    verdict = "holds" if low > above else "holds weakly" if value > above else "does not hold"
+    if len({tuple(setting.seeds) for setting in settings}) > 1:
+        verdict = "incomplete: not all seeds have finished"
+    elif min(len(setting.seeds) for setting in settings) < 5:
+        verdict = "too few seeds"
+    return ours, seeds, verdict
 
 
 def write_verdicts(results_dir: Path) -> None:
@@ -640,10 +690,14 @@ def write_verdicts(results_dir: Path) -> None:
     lines = [
         "# Paper against ours",
         "",
-        "Made by `reproduce.py` from the `data.csv` of each figure. A claim is put as a ratio of interquartile means",
-        "over the seeds that has to be above 1, with its 95 % bootstrap interval: it *holds* if the whole interval is",
-        "above 1, and *holds weakly* if only the ratio is. *Steps to success*: environment steps to the first",
-        "evaluation in which the greedy policy reaches the goal, the whole budget if there is none.",
+        "Made by `reproduce.py` from the `data.csv` of each figure. Most claims are put as a ratio of interquartile",
+        "means over the seeds (a quarter, rounded down, is left out on both sides) with its 95 % bootstrap interval: a",
+        "claim *holds* if the whole interval is above 1, and *holds weakly* if only the ratio is. Shares of success",
+        "are compared by their difference, which has to be above 0, and failing seeds are counted and tested.",
+        "",
+        "*Steps to success*: environment steps to the first evaluation with a success rate of 0.9, the whole budget if",
+        "there is none. *Success at the end*: mean success rate of the last tenth of all evaluations; a seed *fails*",
+        "below 0.9.",
         "",
         "| figure | the paper claims | ours | seeds | verdict | command |",
         "|---|---|---|---|---|---|",
@@ -660,7 +714,8 @@ def write_verdicts(results_dir: Path) -> None:
         files = ", ".join(f"[{file}]({name}/{file})" for file in ("commands.txt", "data.csv", "summary.csv"))
         lines += ["", f"## {name}", "", f"{figure.title} ({figure.place}). `python reproduce.py {name}`", ""]
         lines += [f"![{name}]({name}/{name}.png)", "", f"{'; '.join(hosts) or 'Runs of unknown origin'}. {files}"]
-    (results_dir / "README.md").write_text("\n".join(lines) + "\n")
+    (results_dir / "README.tmp").write_text("\n".join(lines) + "\n")
+    os.replace(results_dir / "README.tmp", results_dir / "README.md")
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -689,8 +744,12 @@ def check(args: Args) -> None:
     for flag, folder in (("runs-dir", args.runs_dir), ("results-dir", args.results_dir)) if not args.dry_run else ():
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            fail(f"--{flag} must be a folder that can be made, {folder} is not: {error.strerror}")
+            fail(f"--{flag} must be a folder that can be made and written, {folder} is not: {error.strerror}")
+    for name in FIGURES:
+        if (args.results_dir / name).is_file():
+            fail(f"--results-dir must hold folders for the figures, {args.results_dir / name} is a file")
 
 
 def make_figure(name: str, args: Args) -> bool:
@@ -700,17 +759,21 @@ def make_figure(name: str, args: Args) -> bool:
         print(f"{name}: {len(missing)} runs are not finished, the first is {missing[0].folder}", file=sys.stderr)
     if not curves:
         return False
-    folder = args.results_dir / name
-    folder.mkdir(exist_ok=True)
-    write_data(folder / "data.csv", curves)
-    curves = read_data(folder / "data.csv")
-    write_summary(folder / "summary.csv", curves)
-    runs = [run for runs in figure_runs(name, args).values() for run in runs if run not in missing]
-    (folder / "commands.txt").write_text("".join(f"{shlex.join(('python', *run.start()))}\n" for run in runs))
+    folder, runs = args.results_dir / name, figure_runs(name, args).values()
+    runs = [run for of_setting in runs for run in of_setting if run not in missing]
     origins = Counter(Path(f"{run.folder}.json").read_text() for run in runs if Path(f"{run.folder}.json").exists())
     made = [json.loads(text) | {"runs": number} for text, number in sorted(origins.items())]
-    (folder / "origin.json").write_text(json.dumps(made, indent=4) + "\n")
-    draw_figure(FIGURES[name], curves, pictures).savefig(folder / f"{name}.png", dpi=110)
+    with tempfile.TemporaryDirectory(dir=args.results_dir) as temporary:  # so that a kill leaves whole files
+        new = Path(temporary)
+        write_data(new / "data.csv", curves)
+        curves = read_data(new / "data.csv")
+        write_summary(new / "summary.csv", curves)
+        (new / "commands.txt").write_text("".join(f"{shlex.join(('python', *run.start()))}\n" for run in runs))
+        (new / "origin.json").write_text(json.dumps(made, indent=4) + "\n")
+        draw_figure(FIGURES[name], curves, pictures).savefig(new / f"{name}.png", dpi=110)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == "data.csv"):  # the data last: then all is there
+            os.replace(file, folder / file.name)
     print(f"{name}: {folder / f'{name}.png'}")
     return not missing
 
@@ -730,19 +793,19 @@ def main(args: Args) -> None:
         for left in filter(None, map(what_is_left, runs)):
             print(shlex.join(("python", *left)))
         return
-    failures = []
-    if not args.plot_only:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-        try:
-            failures = (execute_on_slurm if args.engine == "slurm" else execute_locally)(runs, args.workers)
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
-    complete = [make_figure(name, args) for name in names]
-    write_verdicts(args.results_dir)
+    execute_all = execute_on_slurm if args.engine == "slurm" else execute_locally
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        failures = [] if args.plot_only else execute_all(runs, args.workers)
+        complete = [make_figure(name, args) for name in names]
+        write_verdicts(args.results_dir)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     if failures:
         print(f"{len(failures)} of {len(runs)} runs failed", file=sys.stderr)
-    sys.exit(0 if all(complete) else 1)
+    sys.exit(0 if all(complete) and not failures else 1)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ SCRIPTS = {
         refused=(
             ("size", {"size": 6}),
             ("env-id", {"env_id": "CartPole-v1"}),
+            ("size", {"size": 10**7}),
             ("trace-length", {"size": 7, "trace_length": 50}),  # an episode ends after 7 * 7 steps
         ),
     ),
@@ -69,13 +70,14 @@ SCRIPTS = {
             ("size", {"size": 6}),
             ("env-id", {"env_id": "CartPole-v1"}),
             ("replay-batch-size", {"replay_batch_size": 101, "buffer_size": 100}),
-            ("replay-batch-size", {"size": 15, "replay_batch_size": None, "buffer_size": 999}),
+            ("size", {"size": 10**7}),
+            ("priority-alpha", {"priority_alpha": 60.0}),
             ("priority-beta", {"priority_beta": 1.5}),
         ),
         left_out=frozenset(flag for flag in FLAGS if flag.startswith(RECALL)),
         places=SCHAUL,
         mode="priority",
-        tags=frozenset({"replay/policy_loss", "replay/value_loss", "replay/advantage"}),
+        tags=frozenset({"replay/policy_loss", "replay/value_loss", "replay/advantage", "replay/weight"}),
     ),
 }
 

@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 import per_a2c_fourroom as script
 import recall_a2c_fourroom as twin
+from envs.four_room import FourRoomMaze
 from per_a2c_fourroom import Actor, Args, Critic, ReplayBuffer, Rollout, Tuples
 
 torch.set_num_threads(1)
@@ -229,6 +230,23 @@ def test_even_a_priority_of_zero_is_drawn_now_and_then():
     np.testing.assert_allclose(weights, 1)
 
 
+@pytest.mark.parametrize("alpha, beta", [(0.8, 0.1), (0.95, 0.1), (1.0, 1.0), (10.0, 1.0)])
+def test_priorities_of_zero_among_others_leave_weights_and_frequencies_as_defined(alpha, beta):
+    """The normal case of returns: what went no better than expected has priority zero."""
+    buffer, priorities = filled_buffer(30, alpha=alpha)
+    priorities[::3] = 0
+    buffer.set_priorities(np.arange(len(buffer)), priorities)
+    rng, p = np.random.default_rng(3), probabilities(priorities, alpha)
+    slots, weights = (np.concatenate(parts) for parts in zip(*(buffer.sample(30, beta, rng) for _ in range(300))))  # noqa: B905
+    np.testing.assert_allclose(weights, (p[slots] / p.min()) ** -beta, rtol=1e-9)
+    assert (weights > 0).all() and (weights <= 1).all()
+    expected = 9000 * p
+    often = expected > 5
+    counts = np.bincount(slots, minlength=len(buffer))
+    assert chisquare(counts[often], expected[often] * counts[often].sum() / expected[often].sum()).pvalue > 1e-4
+    assert counts[~often].sum() <= 20
+
+
 def test_a_batch_larger_than_the_buffer_is_an_error_in_words():
     buffer, _ = filled_buffer(10)
     for size in (len(buffer) + 1, 10_000):
@@ -333,6 +351,7 @@ def test_update_from_replay_equals_an_independent_implementation(priority, max_g
     for parameter, value in zip([*actor.parameters(), *critic.parameters()], expected, strict=True):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-4, atol=1e-5)
     assert losses["replay/policy_loss"] + 0.3 * losses["replay/value_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert losses["replay/weight"] == pytest.approx(weights.mean(), rel=1e-4)
     assert losses["replay/advantage"] == pytest.approx(advantages.mean(), rel=1e-4)
     powers[slots] = (np.abs(advantages) + EPSILON) ** ALPHA
     np.testing.assert_allclose(buffer.powers, powers, rtol=1e-4)
@@ -408,7 +427,31 @@ def test_hyper_parameters_follow_table_3(size, batch_size, alpha, tmp_path):
     assert (saved["priority_beta"], saved["replay_every"], saved["buffer_size"]) == (0.1, 3, 100_000)
 
 
+def test_the_batch_of_table_3_is_cut_to_a_smaller_buffer(tmp_path):
+    script.main(Args(size=13, buffer_size=50, total_timesteps=1, run_dir=tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["replay_batch_size"] == 50
+
+
 def test_hyper_parameters_given_by_flags_stay(tmp_path):
     script.main(Args(size=13, replay_batch_size=7, priority_alpha=0.0, total_timesteps=1, run_dir=tmp_path / "run"))
     saved = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (saved["replay_batch_size"], saved["priority_alpha"]) == (7, 0.0)
+
+
+@pytest.mark.parametrize("number", [50, 500])  # before and after the wrap-around
+def test_the_picture_of_the_replay_shows_the_probability_of_every_cell(number, monkeypatch):
+    maze, drawn = FourRoomMaze(7), {}
+    monkeypatch.setattr(
+        script, "draw_cells", lambda maze, values, title, arrows=None: drawn.update({title: (values, arrows)})
+    )
+    buffer, _ = filled_buffer(number, capacity=100)
+    script.draw_pictures(maze, np.zeros(49), Critic(CELLS), buffer)
+    ((shares, arrows),) = (panel for title, panel in drawn.items() if "Replay" in title)
+    expected = np.zeros((CELLS, ACTIONS))
+    for slot in range(len(buffer)):
+        power = 100 * buffer.powers[slot] / buffer.powers[: len(buffer)].sum()
+        expected[buffer.tuples.cells[slot], buffer.tuples.actions[slot]] += power
+    np.testing.assert_allclose(arrows, expected, atol=1e-9)
+    np.testing.assert_allclose(np.nan_to_num(shares), expected.sum(axis=1), atol=1e-9)
+    assert np.nansum(shares) == pytest.approx(100)
+    assert (np.isnan(shares) == (expected.sum(axis=1) == 0)).all()

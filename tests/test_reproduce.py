@@ -1,5 +1,6 @@
 """reproduce.py: its statistics, its tables, and that no run is lost, repeated or left out."""
 
+import fcntl
 import importlib
 import json
 import os
@@ -133,16 +134,39 @@ def test_a_claim_holds_if_the_whole_interval_is_above_one():
     assert judge(solved_at(*[1, 2, 5, 9, 9] * 2), solved_at(*[1, 2, 4, 9, 9] * 2))[2] == "holds weakly"
 
 
-def test_failures_are_counted():
-    good, bad = solved_at(*[2] * 10), solved_at(*[2] * 7, *[11] * 3)
-    assert judge(bad, good, formula=None) == ("3 against 0 fail at the end", "10", "holds")
-    assert judge(bad, solved_at(*[2] * 9, 11), formula=None)[2] == "holds weakly"
-    assert judge(good, good, formula=None)[2] == "does not hold"
+def test_failures_are_counted_and_tested():
+    def failing(number):
+        return solved_at(*[2] * (10 - number), *[11] * number)
+
+    ours, seeds, verdict = judge(failing(6), failing(0), formula=None)
+    assert "6 against 0" in ours and "p = 0.01" in ours  # 1 - 10! 14! / (4! 20!) = 0.0054
+    assert (seeds, verdict) == ("10", "holds")
+    assert judge(failing(3), failing(0), formula=None)[2] == "holds weakly"  # p = 0.11
+    assert judge(failing(2), failing(2), formula=None)[2] == "does not hold"
 
 
-def test_nothing_against_nothing_does_not_hold():
-    never = curves(np.zeros((10, 11)))
-    assert judge(never, never, statistic="success at the end")[2] == "does not hold"
+def test_shares_of_success_are_compared_by_their_difference():
+    def succeeding(number):
+        return solved_at(*[2] * number, *[11] * (10 - number))
+
+    verdicts = [judge(succeeding(a), succeeding(b), **reproduce.AT_THE_END)[2] for a, b in ((10, 0), (7, 0), (0, 0))]
+    assert verdicts == ["holds", "holds", "does not hold"]
+    assert "difference 1.00 [1.00, 1.00]" in judge(succeeding(10), succeeding(0), **reproduce.AT_THE_END)[0]
+
+
+def test_nothing_is_said_of_few_or_missing_seeds():
+    slow, fast = solved_at(*[8, 9] * 5), solved_at(*[2, 3] * 5)
+    assert judge(solved_at(8, 9, 8, 9), solved_at(2, 3, 2, 3))[1:] == ("4", "too few seeds")
+    seeds, verdict = judge(slow, solved_at(*[2] * 9))[1:]
+    assert (seeds, verdict) == ("10, 9", "incomplete: not all seeds have finished")
+    other = fast._replace(seeds=[*range(2, 12)])
+    assert judge(slow, other)[2].startswith("incomplete")
+
+
+def test_large_means_are_written_in_full():
+    slow, fast = solved_at(*[10] * 10), solved_at(*[4] * 10)
+    many = [setting._replace(steps=setting.steps * 57) for setting in (slow, fast)]
+    assert "57,000 / 22,800" in judge(*many)[0]
 
 
 def test_a_claim_without_data_is_not_run():
@@ -188,6 +212,18 @@ def test_runs_have_folders_of_their_own():
         for s in ("smoke", "laptop")
     ]
     assert len({run.folder for run in runs}) == len({run.command for run in runs}) == len(runs)
+
+
+def test_no_two_settings_of_a_panel_have_the_same_colour():
+    success = np.zeros((2, 4))
+    for name in MAKEABLE:
+        data = {command: curves(success) for panel in FIGURES[name].panels for command in panel.runs.values()}
+        for setting in data.values():
+            setting.values["eval/visited_cells"] = success
+        figure = FIGURES[name]._replace(panels=tuple(p for p in FIGURES[name].panels if p.kind != "pictures"))
+        for axes in reproduce.draw_figure(figure, data, {}).axes:
+            colours = [line.get_color() for line in axes.lines if line.get_linewidth() > 2]
+            assert len(colours) == len(set(colours)), name
 
 
 def test_every_claim_is_about_settings_of_its_figure():
@@ -304,24 +340,29 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_and_started_again_it_loses_nothing_and_runs_nothing_twice(number, tmp_path, uninterrupted):
+@pytest.mark.parametrize(
+    "number, whole_group", [(9, False), (9, True), (signal.SIGTERM, False), (signal.SIGINT, False)]
+)
+def test_killed_and_started_again_it_loses_nothing_and_runs_nothing_twice(number, whole_group, tmp_path, uninterrupted):
+    """Killed alone, it leaves a process that goes on; killed as a group, one that has to be resumed."""
     steps = SMALL.replace("6000", "30000")
-    process = start(tmp_path, "--workers", "1", steps=steps)
+    process = start(tmp_path, "--workers", "1", steps=steps, start_new_session=True)
     runs = tmp_path / "runs" / "reproduce" / "recall_a2c_fourroom"
     deadline = time.time() + 120
     while len([*runs.glob("*/checkpoint.pt")]) < 2 and time.time() < deadline:  # in the middle of the second run
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number) if whole_group else process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert "goes on from here" in errors
     (first,) = runs.glob("recall=none*seed=1")
     before = contents(first)
-    status, _, errors = run(tmp_path, "--workers", "2", steps=steps)
-    assert (status, errors) == (0, ""), errors
+    others = [start(tmp_path, "--workers", "2", steps=steps) for _ in range(2)]  # two at once do no harm
+    for other in others:
+        _, errors = other.communicate(timeout=120)
+        assert (other.returncode, errors) == (0, ""), errors
     assert contents(first) == before  # the first run was finished
     assert data(tmp_path) == data(uninterrupted)
 
@@ -376,6 +417,45 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(tmp_path):
     assert [setting.seeds for setting in read.values()] == [[1]]  # of the other setting
 
 
+def test_an_interrupt_ends_the_wait_for_a_process_that_is_still_at_work(tmp_path):
+    folder = tmp_path / "runs" / "reproduce" / "recall_a2c_fourroom"
+    folder.mkdir(parents=True)
+    (tmp_path / "driver.py").write_text(DRIVER.replace("STEPS", SMALL))
+    listed = subprocess.run(
+        [sys.executable, "driver.py", "--scale", "smoke", "--dry-run"], cwd=tmp_path, capture_output=True, text=True
+    )
+    logs = [Path(shlex.split(line)[-1] + ".log") for line in listed.stdout.splitlines()]
+    with (tmp_path / logs[0]).open("a") as one, (tmp_path / logs[1]).open("a") as other:
+        for log in (one, other):
+            fcntl.flock(log, fcntl.LOCK_EX)
+        process = start(tmp_path)
+        time.sleep(5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert not [*folder.glob("*/args.json")]
+
+
+def test_a_run_of_another_version_is_not_taken_for_one_of_today(tmp_path, uninterrupted):
+    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
+    (run_dir,) = folder.glob("runs/reproduce/*/recall=none*seed=1")
+    saved = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps(saved | {"num_steps": 5}))
+    status, _, errors = run(folder, steps=SMALL.replace("6000", "30000"))
+    assert status == 1
+    assert "num_steps was 5 and is 192 now" in errors
+
+
+def test_a_damaged_figure_is_never_left_behind(tmp_path, monkeypatch, smoke_runs, in_this_process):
+    """Whatever is interrupted, data.csv is written last and whole."""
+    args = {"figures": ("fig14",), "scale": "smoke", "runs_dir": smoke_runs, "results_dir": tmp_path}
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(reproduce, "draw_figure", lambda *_: {}["broken"])
+        reproduce.main(Args(**args))
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.skipif(not all(map(shutil.which, ("slurmctld", "slurmd", "sbatch"))), reason="Slurm is not installed")
 def test_slurm_makes_the_same_figure(tmp_path, uninterrupted):
     """On a real slurmctld and slurmd of our own."""
@@ -423,19 +503,21 @@ def test_slurm_makes_the_same_figure(tmp_path, uninterrupted):
         ("--workers", {"workers": 0}),
         ("--runs-dir", {"runs_dir": Path("file/runs")}),
         ("--results-dir", {"results_dir": Path("file")}),
+        ("--results-dir", {"results_dir": Path("."), "figures": ("fig2",)}),
     ]
     + [(figure.needs, {"figures": (name,)}) for name, figure in FIGURES.items() if figure.needs],
 )
 def test_refuses_bad_input(word, settings, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("file").write_text("precious")
+    for name in ("file", "fig2"):
+        Path(name).write_text("precious")
     with pytest.raises(SystemExit) as exit:
         reproduce.main(Args(**settings))
     out, errors = capsys.readouterr()
     assert (exit.value.code, out) == (2, "")
     assert len(errors.splitlines()) == 1
     assert word in errors
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"file"}
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"file", "fig2"}
     assert Path("file").read_text() == "precious"
 
 
