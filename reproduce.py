@@ -110,6 +110,7 @@ class Panel(NamedTuple):
         "curves"  # tag against steps; its last values; a picture of one seed
     )
     tag: str = "eval/return"
+    until: float | None = None  # last environment step that is drawn
 
 
 class PaperFigure(NamedTuple):
@@ -117,14 +118,16 @@ class PaperFigure(NamedTuple):
     title: str
     panels: tuple[Panel, ...] = ()
     needs: str = ""  # the script that is still to come
+    note: str = ""  # how to read what came out
 
 
 PERS = {"PER": PER, "PER by TD error": TD_ERROR}
 METHODS = {"actor-critic": NONE} | PERS | {"recall traces": RECALL}
 
 
-def rooms(size: int, runs: dict[str, str], kind: str = "curves", tag: str = "eval/return") -> Panel:
-    return Panel(f"{size} x {size}", {label: f"{command} --size {size}" for label, command in runs.items()}, kind, tag)
+def rooms(size: int, runs: dict[str, str], *kind_and_tag: str, until: float | None = None) -> Panel:
+    runs = {label: f"{command} --size {size}" for label, command in runs.items()}
+    return Panel(f"{size} x {size}", runs, *kind_and_tag, until=until)
 
 
 def visits(*sizes: int) -> tuple[Panel, ...]:
@@ -154,6 +157,9 @@ FIGURES = {
         "section 6.2",
         "Four rooms: where the trained policies go",
         visits(11, 15),
+        note="The trained policies act by sampling, and visit the fewer cells the longer they have been sharpened. PER "
+        "by TD error is down to one shortest way, as the paper says of PER. The others are in the order in which they "
+        "solved the maze: recall traces, which solve it first, visit no more cells than PER by return.",
     ),
     "fig4": PaperFigure(
         "section 6.2",
@@ -190,12 +196,14 @@ FIGURES = {
     "fig17": PaperFigure(
         "App. H",
         "Four rooms: real updates for each recall phase",
-        tuple(rooms(size, RATIOS) for size in (12, 14, 15)),
+        tuple(rooms(size, RATIOS, until=40_000) for size in (12, 14, 15)),
     ),
     "fig18": PaperFigure(
         "App. H",
         "Four rooms: real to recall updates (longest trace)",
-        tuple(rooms(size, LENGTHS) for size in (12, 14, 15)),
+        tuple(rooms(size, LENGTHS, until=40_000) for size in (12, 14, 15)),
+        note="Our traces end where their episode began, so long ones cannot undo the policy as in the paper, and are "
+        "the best. Short ones teach only the last steps before the goal.",
     ),
     "fig19": PaperFigure("App. H", "MuJoCo: recall updates with SAC", needs="recall_sac.py"),
     "step-size": PaperFigure(
@@ -556,6 +564,8 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
             axes.set_title(panel.title)
             if panel.kind == "curves":
                 axes.set(xlabel="environment steps (thousands)", ylabel=LABELS[panel.tag])
+                if panel.until is not None:
+                    axes.set_xlim(right=min(panel.until / 1000, axes.get_xlim()[1]))
             else:
                 axes.set_xticks(range(len(runs)), [label.replace(" ", "\n") for label in runs])
                 axes.set(ylabel=LABELS[panel.tag], ylim=(0, None), xlim=(-0.5, len(runs) - 0.5))
@@ -713,6 +723,7 @@ def write_verdicts(results_dir: Path) -> None:
         hosts = (f"{o['runs']} runs at {o['commit']} on {o['hardware']}, torch {o.get('torch', '?')}" for o in made)
         files = ", ".join(f"[{file}]({name}/{file})" for file in ("commands.txt", "data.csv", "summary.csv"))
         lines += ["", f"## {name}", "", f"{figure.title} ({figure.place}). `python reproduce.py {name}`", ""]
+        lines += [figure.note, ""] if figure.note else []
         lines += [f"![{name}]({name}/{name}.png)", "", f"{'; '.join(hosts) or 'Runs of unknown origin'}. {files}"]
     (results_dir / "README.tmp").write_text("\n".join(lines) + "\n")
     os.replace(results_dir / "README.tmp", results_dir / "README.md")
