@@ -38,6 +38,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -567,7 +568,7 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
                 if panel.until is not None:
                     axes.set_xlim(right=min(panel.until / 1000, axes.get_xlim()[1]))
             else:
-                axes.set_xticks(range(len(runs)), [label.replace(" ", "\n") for label in runs])
+                axes.set_xticks(range(len(runs)), [textwrap.fill(label, 10) for label in runs])
                 axes.set(ylabel=LABELS[panel.tag], ylim=(0, None), xlim=(-0.5, len(runs) - 0.5))
         for axes in drawing.axes[len(boxes) :]:
             axes.axis("off")

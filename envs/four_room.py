@@ -260,8 +260,8 @@ def _checked_max_steps(max_steps: int | None, size: int) -> int:
 def draw_cells(maze: FourRoomMaze, values: np.ndarray, title: str = "", arrows: np.ndarray | None = None):
     """Draws any quantity per cell over the maze, as in Figures 3 and 10, and returns the matplotlib Figure.
 
-    values: (S,), NaN where there is nothing to show. arrows: (S, A) weights of the actions; each cell gets one arrow
-    along their mean direction.
+    values: (S,), NaN where there is nothing to show; the colours start at 0, or at the lowest value if that is less.
+    arrows: (S, A) weights of the actions; each cell gets one arrow along their mean direction.
     """
     from matplotlib.figure import Figure  # the environments themselves need no matplotlib
 
@@ -269,7 +269,8 @@ def draw_cells(maze: FourRoomMaze, values: np.ndarray, title: str = "", arrows: 
     figure = Figure(figsize=(5.6, 4.8), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(np.where(maze.free, 1.0, 0.2).reshape(grid), cmap="gray", vmin=0, vmax=1)
-    heat = axes.imshow(np.ma.masked_where(~maze.free | np.isnan(values), values).reshape(grid), cmap="viridis")
+    shown = np.ma.masked_where(~maze.free | np.isnan(values), values).reshape(grid)
+    heat = axes.imshow(shown, cmap="viridis", vmin=min(0, shown.min()) if shown.count() else None)
     figure.colorbar(heat, ax=axes, shrink=0.9)
     if arrows is not None:
         rows, columns = np.divmod(np.flatnonzero(arrows.sum(axis=1) > 0), maze.size)

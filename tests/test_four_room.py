@@ -10,7 +10,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from envs.four_room import FourRoomEnv, FourRoomMaze, FourRoomVectorEnv
+from envs.four_room import FourRoomEnv, FourRoomMaze, FourRoomVectorEnv, draw_cells
 
 UP, RIGHT, DOWN, LEFT = range(4)
 MAZES = [
@@ -463,3 +463,15 @@ def test_stable_baselines3_a2c_learns():
     assert returns[:30].mean() < 3.5
     assert returns[-30:].mean() > 4.5
     assert returns.max() == pytest.approx(5 - 8 * 0.01)  # nothing pays more than the shortest path of 8 steps
+
+
+@pytest.mark.parametrize("lowest, expected", [(100, 0), (-2, -2)])
+def test_colours_of_the_cells_start_at_zero_or_below(lowest, expected):
+    """So that a cell visited a hundred times is never the darkest."""
+    maze = FourRoomMaze(7)
+    values = np.where(maze.free, lowest + np.arange(49.0), np.nan)
+    first = np.flatnonzero(maze.free)[0]
+    values[first] = lowest
+    heat = draw_cells(maze, values).axes[0].images[-1]
+    assert heat.get_clim() == (expected, values[maze.free].max())
+    draw_cells(maze, np.full(49, np.nan))  # nothing to show is no error

@@ -340,9 +340,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "number, whole_group", [(9, False), (9, True), (signal.SIGTERM, False), (signal.SIGINT, False)]
-)
+@pytest.mark.parametrize("number, whole_group", [(9, False), (9, True), (signal.SIGINT, False)])
 def test_killed_and_started_again_it_loses_nothing_and_runs_nothing_twice(number, whole_group, tmp_path, uninterrupted):
     """Killed alone, it leaves a process that goes on; killed as a group, one that has to be resumed."""
     steps = SMALL.replace("6000", "30000")
