@@ -107,9 +107,7 @@ class Panel(NamedTuple):
 
     title: str
     runs: dict[str, str]
-    kind: Literal["curves", "finals", "pictures"] = (
-        "curves"  # tag against steps; its last values; a picture of one seed
-    )
+    kind: Literal["curves", "finals", "pictures"] = "curves"  # tag against steps; its last values; picture of a seed
     tag: str = "eval/return"
     until: float | None = None  # last environment step that is drawn
 
@@ -119,7 +117,7 @@ class PaperFigure(NamedTuple):
     title: str
     panels: tuple[Panel, ...] = ()
     needs: str = ""  # the script that is still to come
-    note: str = ""  # how to read what came out
+    note: str = ""  # how to read it
 
 
 PERS = {"PER": PER, "PER by TD error": TD_ERROR}
@@ -182,7 +180,7 @@ FIGURES = {
     "fig10": PaperFigure(
         "App. D",
         "Four rooms: recall traces against prioritized replay, 13 x 13",
-        (rooms(13, METHODS), *visits(13)),
+        (*visits(13), rooms(13, METHODS)),
     ),
     "fig11": PaperFigure("App. D", "Point mass: coverage heat maps", needs="recall_goalgan_ant.py"),
     "fig12": PaperFigure("App. D", "U-maze ant: coverage heat maps over time", needs="recall_goalgan_ant.py"),
@@ -198,13 +196,16 @@ FIGURES = {
         "App. H",
         "Four rooms: real updates for each recall phase",
         tuple(rooms(size, RATIOS, until=40_000) for size in (12, 14, 15)),
+        note="Real updates : recall phases of one imitation update each (the default, in Figure 2, is two). Drawn are "
+        "the first 40 000 of 100 000 steps.",
     ),
     "fig18": PaperFigure(
         "App. H",
         "Four rooms: real to recall updates (longest trace)",
         tuple(rooms(size, LENGTHS, until=40_000) for size in (12, 14, 15)),
-        note="Our traces end where their episode began, so long ones cannot undo the policy as in the paper, and are "
-        "the best. Short ones teach only the last steps before the goal.",
+        note="One real update : so many imitation updates (longest trace in steps). Drawn are the first 40 000 of "
+        "100 000 steps. Our traces end where their episode began, so long ones cannot undo the policy as in the paper, "
+        "and are the best. Short ones teach only the last steps before the goal.",
     ),
     "fig19": PaperFigure("App. H", "MuJoCo: recall updates with SAC", needs="recall_sac.py"),
     "step-size": PaperFigure(
@@ -405,7 +406,7 @@ class Curves(NamedTuple):
 
 
 def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], dict[str, dict[str, bytes]], list[Run]]:
-    """The curves and the pictures of the first seed of every setting of a figure, and the runs that did not finish."""
+    """The curves and the pictures of a typical seed of every setting of a figure, and the runs that did not finish."""
     curves, pictures, missing = {}, {}, []
     for command, runs in figure_runs(name, args).items():
         read = {seed: read_run(run) if run.folder.exists() else None for seed, run in enumerate(runs, start=1)}
@@ -423,8 +424,9 @@ def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], dict[str, dic
             tag: np.array([[s.get(tag, {}).get(step, np.nan) for step in steps] for s in scalars]) for tag in tags
         }
         curves[command] = Curves([*read], np.array(steps), values)
-        first = next(iter(read.values()))
-        pictures[command] = {tag: first.Images(tag)[-1].encoded_image_string for tag in first.Tags()["images"]}
+        typical = typical_seed(curves[command])
+        images = read[typical].Tags()["images"]
+        pictures[command] = {tag: read[typical].Images(tag)[-1].encoded_image_string for tag in images}
     return curves, pictures, missing
 
 
@@ -505,6 +507,12 @@ def statistics(setting: Curves) -> dict[str, np.ndarray]:
     return found
 
 
+def typical_seed(setting: Curves) -> int:
+    """The seed that visits most nearly the interquartile mean of cells; the first where no visits are counted."""
+    visited = statistics(setting).get("last eval/visited_cells", np.zeros(len(setting.seeds)))
+    return setting.seeds[np.abs(visited - interquartile_mean(visited)).argmin()]
+
+
 def write_summary(path: Path, curves: dict[str, Curves]) -> None:
     """Interquartile means over the seeds with their 95 % bootstrap intervals."""
     with path.open("w", newline="") as file:
@@ -521,6 +529,7 @@ def write_summary(path: Path, curves: dict[str, Curves]) -> None:
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"actor-critic": "#000000", "recall traces": "#0072b2", "PER": "#d55e00", "PER by TD error": "#e69f00"}
 COLOURS |= {"both learned": "#009e73", "random backward actions": "#cc79a7"}
+DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.5)))
 LABELS = {"eval/return": "return of the greedy policy", "eval/visited_cells": "distinct cells visited"}
 MORE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -534,14 +543,14 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
     across = 2 if len(boxes) == 4 and not any(panel.kind == "pictures" for panel, _ in boxes) else min(len(boxes), 3)
     down = -(-len(boxes) // across)
     with matplotlib.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
-        drawing = Figure(figsize=(4.6 * across, 3.8 * down + 0.5), layout="constrained")
+        drawing = Figure(figsize=(max(4.6 * across, 7), 3.8 * down + 0.5), layout="constrained")
         legend = {}
         for axes, (panel, runs) in zip(drawing.subplots(down, across, squeeze=False).flat, boxes, strict=False):
             if panel.kind == "pictures":
                 ((label, command),) = runs.items()
                 axes.imshow(Image.open(io.BytesIO(pictures[command][panel.tag])))
                 axes.axis("off")
-                axes.set_title(f"{label}, {panel.title}")
+                axes.set_title(f"{label}, {panel.title}, seed {typical_seed(curves[command])}", fontsize=13)
                 continue
             free = [colour for colour in MORE_COLOURS if colour not in map(COLOURS.get, panel.runs)]
             own = [label for label in panel.runs if label not in COLOURS]
@@ -553,7 +562,8 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
                     thousands = setting.steps / 1000
                     axes.plot(thousands, values.T, color=colour, lw=0.5, alpha=0.15)
                     axes.fill_between(thousands, low, high, color=colour, alpha=0.2, lw=0)
-                    legend[label] = axes.plot(thousands, interquartile_mean(values), color=colour, lw=2.2)[0]
+                    mean, dashes = interquartile_mean(values), DASHES[i % len(DASHES)]  # to see the lines below
+                    legend[label] = axes.plot(thousands, mean, color=colour, lw=2.2, ls=dashes)[0]
                 else:
                     values = values[:, -1]
                     low, high = interval(values)
@@ -589,6 +599,7 @@ class Claim(NamedTuple):
     settings: tuple[str, ...] = ()  # none: not run yet
     formula: Callable[..., float] | None = lambda a, b: a / b  # None: counts the seeds that fail
     statistic: str = "steps to success"
+    number: str = "ratio"
     above: float = 1
 
 
@@ -608,11 +619,17 @@ def in_rooms(figure: str, text: str, sizes: tuple[int, ...], *commands: str, **c
 def grows(figure: str, text: str, small: int, large: int, a: str, b: str) -> Claim:
     """The ratio of a to b is larger in the large maze."""
     settings = tuple(f"{command} --size {size}" for size in (large, small) for command in (a, b))
-    return Claim(figure, f"{text} ({large} against {small})", settings, lambda a, b, c, d: (a / b) / (c / d))
+    return Claim(
+        figure,
+        f"{text} ({large} against {small})",
+        settings,
+        lambda a, b, c, d: (a / b) / (c / d),
+        number="ratio of both ratios",
+    )
 
 
 VISITED = {"statistic": "last eval/visited_cells"}
-AT_THE_END = {"statistic": "success at the end", "formula": lambda a, b: a - b, "above": 0}
+AT_THE_END = {"statistic": "success at the end", "formula": lambda a, b: a - b, "number": "difference", "above": 0}
 CLAIMS = (
     *in_rooms("fig2", "Recall traces need fewer steps than the actor-critic", (15, 19), NONE, RECALL),
     *in_rooms("fig2", "Several actor-critics fail to converge, recall traces never", (19,), NONE, RECALL, formula=None),
@@ -682,8 +699,9 @@ def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
 
         value, (low, high), above = number(*samples), interval(*samples, statistic=number), claim.above
         means = " / ".join(f"{m:,.0f}" if m >= 1000 else f"{m:.4g}" for m in map(interquartile_mean, samples))
-        ours = f"{claim.statistic}: {means}; {'ratio' if above else 'difference'} {value:.2f} [{low:.2f}, {high:.2f}]"
+        ours = f"{claim.statistic}: {means}; {claim.number} {value:.2f} [{low:.2f}, {high:.2f}]"
     verdict = "holds" if low > above else "holds weakly" if value > above else "does not hold"
+    verdict += " (the reverse does)" if claim.formula is not None and high < above else ""
     if len({tuple(setting.seeds) for setting in settings}) > 1:
         verdict = "incomplete: not all seeds have finished"
     elif min(len(setting.seeds) for setting in settings) < 5:

@@ -59,6 +59,7 @@ SCRIPTS = {
             ("size", {"size": 6}),
             ("env-id", {"env_id": "CartPole-v1"}),
             ("size", {"size": 10**7}),
+            ("backtracking-batch-size", {"backtracking_batch_size": 10**9}),
             ("trace-length", {"size": 7, "trace_length": 50}),  # an episode ends after 7 * 7 steps
         ),
     ),
@@ -710,7 +711,12 @@ def test_refuses_a_number_out_of_range(name, field, value, refuse):
     refuse(name, field.replace("_", "-"), **settings(name) | {field: value})
 
 
-BAD_ARGUMENTS = [("gamma", {"gamma": 1.5}), ("top-fraction", {"top_fraction": 1.5}), ("seed", {"seed": 2**64})]
+BAD_ARGUMENTS = [
+    ("num-steps", {"num_steps": 10**9}),
+    ("gamma", {"gamma": 1.5}),
+    ("top-fraction", {"top_fraction": 1.5}),
+    ("seed", {"seed": 2**64}),
+]
 BAD_ARGUMENTS += [("env-id", {"env_id": env}) for env in ("NoSuchMaze-v0", "no:such-v0", "nonsense v0", "")]
 BAD_ARGUMENTS += [("device", {"device": "abacus"})]
 BAD_ARGUMENTS = [

@@ -91,6 +91,12 @@ def test_lasting_success_allows_one_failure_in_ten():
     assert lasting.tolist() == [100, 2100]  # the last two; before them, every other one fails
 
 
+def test_the_typical_seed_is_next_to_the_mean():
+    visited = [[np.nan, n] for n in (30, 10, 11, 12, 90, 14, 15, 16)]  # the middle half: 12, 14, 15, 16
+    assert reproduce.typical_seed(curves(np.zeros((8, 2)), visited=visited)) == 6
+    assert reproduce.typical_seed(curves(np.zeros((8, 2)))) == 1
+
+
 def test_data_and_summary_keep_what_they_are_given(tmp_path):
     rng = np.random.default_rng(0)
     success = rng.integers(0, 11, size=(4, 30)) / 10
@@ -129,7 +135,7 @@ def test_a_claim_holds_if_the_whole_interval_is_above_one():
     assert judge(slow, fast)[1:] == ("10", "holds")
     assert "850 / 250" in judge(slow, fast)[0]
     assert "ratio 3.40" in judge(slow, fast)[0]
-    assert judge(fast, slow)[1:] == ("10", "does not hold")
+    assert judge(fast, slow)[1:] == ("10", "does not hold (the reverse does)")
     assert judge(slow, slow)[2] == "does not hold"
     assert judge(solved_at(*[1, 2, 5, 9, 9] * 2), solved_at(*[1, 2, 4, 9, 9] * 2))[2] == "holds weakly"
 
