@@ -40,7 +40,7 @@ def filled_buffer(size, capacity=None, priority="td-error", alpha=ALPHA, seed=0)
     """A buffer with `size` transitions or more in it, each with a priority of its own, and these priorities."""
     rng = np.random.default_rng(seed)
     buffer = ReplayBuffer(capacity or 4 * size, 2, 0.9, alpha, priority)
-    while len(buffer) < size:
+    while buffer.stored < size:
         buffer.add(random_rollout(rng, 10, 2))
     priorities = rng.exponential(size=len(buffer))
     buffer.set_priorities(np.arange(len(buffer)), priorities)
