@@ -1,0 +1,946 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium==1.4.0",
+#     "imageio==2.38.1",
+#     "matplotlib==3.11.2",
+#     "mujoco==4.0.0",
+#     "numpy==2.4.6",
+#     "pillow==13.0.0",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+"""Soft actor-critic with recall traces for continuous control (Goyal et al., ICLR 2019, sections 6.5, C, E.2, F and H).
+
+A backtracking model imagines, from the states that the critic values most, which (state, action) pairs may have led
+there; the policy imitates these recall traces. This file is all there is.
+
+    python recall_sac.py --capture-video                      # HalfCheetah-v5
+    python recall_sac.py --recall none                        # plain soft actor-critic
+    python recall_sac.py --evaluate RUN_DIR                   # play the trained agent
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import matplotlib.pyplot as plt
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # run
+    seed: int = 1
+    """seed of networks, environments and all sampling"""
+    total_timesteps: int | None = None
+    """environment steps in all, over all environments (100 000 if not given); may grow with --resume"""
+    run_dir: Path | None = None
+    """folder of this run; runs/<env>__<script>__<recall>__seed<seed>__<time> if not given"""
+    resume: Path | None = None
+    """go on with the interrupted run in this folder, with its own arguments"""
+    evaluate: Path | None = None
+    """play --eval-episodes episodes with the agent in this folder and print their returns"""
+    eval_every: int = 5_000
+    """environment steps between evaluations of the greedy policy"""
+    eval_episodes: int = 10
+    """episodes per evaluation"""
+    checkpoint_every: int = 10_000
+    """environment steps between checkpoints, which hold the replay buffer"""
+    capture_video: bool = False
+    """write a GIF of the greedy agent, at the end of training or with --evaluate"""
+    device: str = "cpu"
+    """torch device of networks and replay buffer"""
+    torch_threads: int = 1
+    """CPU threads of torch"""
+    compile: bool = False
+    """compile the updates with torch.compile, on a GPU with CUDA graphs"""
+
+    # environment
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium id of an environment with a vector of observations and a bounded vector of actions"""
+    num_envs: int = 1
+    """environments stepped side by side"""
+    contact_forces: bool = True
+    """whether the observations of Ant and Humanoid hold the contact forces, 78 of Ant's 105 numbers"""
+
+    # soft actor-critic
+    hidden: int = 256
+    """units in each of the two hidden layers of actor and critics"""
+    learning_rate: float = 3e-4
+    """step size of Adam for actor, critics and temperature"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """how far the target critics move towards the critics after each update"""
+    batch_size: int = 256
+    """transitions per update"""
+    buffer_size: int = 1_000_000
+    """environment steps that the replay buffer holds"""
+    learning_starts: int = 5_000
+    """environment steps with uniformly random actions before the first update"""
+    updates_per_step: float = 1.0
+    """updates for each environment step"""
+    temperature: float | None = None
+    """weight of the policy's entropy; if not given, it is adapted until the entropy is -1 for each action dimension"""
+    reward_scale: float = 1.0
+    """factor of all rewards that the critics see (Haarnoja et al., 2018a: 5, with --temperature 1)"""
+
+    # recall traces
+    recall: Literal["none", "random", "learned"] = "learned"
+    """none: plain soft actor-critic; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
+    num_traces: int = 64
+    """N, recall traces per imitation update"""
+    trace_length: int | None = None
+    """longest trace in steps; if not given, 50 for Ant and Humanoid and 20 for all others (Table 2)"""
+    recall_every: int = 250
+    """soft actor-critic updates per recall phase"""
+    recall_updates: int = 10
+    """imitation updates per recall phase, each with new traces (App. H)"""
+    recall_tuples: int = 20_000
+    """tuples drawn from the replay buffer for each recall phase (E.2)"""
+    top_fraction: float = 0.1
+    """k, share of these tuples, those with the most valuable next state, that the backtracking model learns from"""
+    backtracking_updates: int = 100
+    """backtracking model updates per recall phase (App. C: a hundred for every 5 updates of the policy)"""
+    backtracking_batch_size: int = 256
+    """(state, action, next state) tuples per backtracking model update"""
+    backtracking_lr: float = 1e-3
+    """step size of Adam for the backtracking model (beta in Alg. 1)"""
+    imitation_lr: float = 3e-4
+    """step size of Adam for the imitation of traces"""
+    action_noise: float = 0.3
+    """standard deviation of imagined actions as a share of the model's own (the paper: 1)"""
+    state_noise: float = 0.5
+    """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
+    trace_filter: Literal["none", "advantage"] = "none"
+    """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action"""
+
+
+# ------------------------------------------------------------------------------------------------------ networks
+
+
+def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
+    """Two hidden layers."""
+    layers = [nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, hidden), activation()]
+    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
+
+
+class Actor(nn.Module):
+    """pi_theta(a | s), the tanh of a Gaussian, from states (B, S) to its mean and log std, (B, A) each."""
+
+    def __init__(self, state_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        self.net = mlp(state_dim, hidden, 2 * action_dim, nn.ReLU)
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = self.net(states).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, states: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions (B, A) made of standard normal noise (B, A), and their log pi(a | s), (B,)."""
+        mean, log_std = self(states)
+        u = mean + log_std.exp() * noise
+        return u.tanh(), tanh_gaussian_log_prob(noise, log_std, u)
+
+    def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """log pi(a | s) of actions in (-1, 1), (B,)."""
+        mean, log_std = self(states)
+        u = actions.atanh()
+        return tanh_gaussian_log_prob((u - mean) / log_std.exp(), log_std, u)
+
+
+def tanh_gaussian_log_prob(noise: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """log pi of tanh(u), u = mean + std * noise; log(1 - tanh(u)^2) in a form that does not round to log 0."""
+    log_slope = 2 * (np.log(2) - u - F.softplus(-2 * u))
+    return (-0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - log_slope).sum(-1)
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers side by side, from (B, inputs) or (2, B, inputs) to (2, B, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        pair = [nn.Linear(inputs, outputs) for _ in range(2)]
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in pair]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach().unsqueeze(0) for layer in pair]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x.expand(2, *x.shape[-2:]), self.weight)
+
+
+class Critic(nn.Module):
+    """Q_1(s, a) and Q_2(s, a), from states (B, S) and actions (B, A) to (2, B)."""
+
+    def __init__(self, state_dim: int, action_dim: int, hidden: int):
+        super().__init__()
+        layers = [TwinLinear(state_dim + action_dim, hidden), nn.ReLU(), TwinLinear(hidden, hidden), nn.ReLU()]
+        self.net = nn.Sequential(*layers, TwinLinear(hidden, 1))
+
+    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat((states, actions), dim=-1)).squeeze(-1)
+
+
+class BacktrackingModel(nn.Module):
+    """q_phi(ds_t, a_t | s_{t+1}) = q(a_t | s_{t+1}) q(ds_t | a_t, s_{t+1}), ds_t = s_t - s_{t+1}, Eq. (1).
+
+    Both are Gaussians over normalised quantities (App. C): actions with variance 1, changes of state with a learned
+    variance. The statistics that normalise are part of the model. States are (B, S), actions (B, A).
+    """
+
+    def __init__(self, state_dim: int, action_dim: int, hidden: int = 128):
+        super().__init__()
+        self.action_predictor = mlp(state_dim, hidden, action_dim, nn.Tanh)
+        self.state_predictor = mlp(state_dim + action_dim, hidden, 2 * state_dim, nn.ReLU)
+        for name, size in (("state", state_dim), ("action", action_dim), ("change", state_dim)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("lowest_state", torch.full((state_dim,), -torch.inf))
+        self.register_buffer("highest_state", torch.full((state_dim,), torch.inf))
+
+    def normalise_by(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> None:
+        """Takes the statistics of these tuples, and the box of these states as the region that the model knows."""
+        for name, values in (("state", next_states), ("action", actions), ("change", states - next_states)):
+            std = values.std(0)
+            getattr(self, f"{name}_mean").copy_(values.mean(0))
+            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1))  # 1 for what never changes
+        self.lowest_state.copy_(states.amin(0))
+        self.highest_state.copy_(states.amax(0))
+
+    def predict_action(self, next_states: torch.Tensor) -> torch.Tensor:
+        """Mean of q(a_t | s_{t+1}), normalised, (B, A); its variance is 1."""
+        return self.action_predictor((next_states - self.state_mean) / self.state_std)
+
+    def predict_change(self, actions: torch.Tensor, next_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation of q(ds_t | a_t, s_{t+1}), normalised, (B, S) each."""
+        actions = (actions - self.action_mean) / self.action_std
+        next_states = (next_states - self.state_mean) / self.state_std
+        mean, log_std = self.state_predictor(torch.cat((next_states, actions), dim=-1)).chunk(2, dim=-1)
+        return mean, -5 + F.softplus(6 - F.softplus(1 - log_std))  # smoothly bounded: from -5 to about 1
+
+    def log_prob(self, states, actions, next_states) -> tuple[torch.Tensor, torch.Tensor]:
+        """log q(a_t | s_{t+1}) and log q(ds_t | a_t, s_{t+1}) of normalised actions and changes, (B,) each."""
+        action = (actions - self.action_mean) / self.action_std
+        change = (states - next_states - self.change_mean) / self.change_std
+        action_mean, (mean, log_std) = self.predict_action(next_states), self.predict_change(actions, next_states)
+        of_actions = -0.5 * ((action - action_mean) ** 2 + np.log(2 * np.pi))
+        of_changes = -0.5 * (((change - mean) / log_std.exp()) ** 2 + np.log(2 * np.pi)) - log_std
+        return of_actions.sum(-1), of_changes.sum(-1)
+
+    def sample(self, next_states, action_noise, state_noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and actions in (-1, 1) before `next_states`, made of normal noise (B, A) and (B, S)."""
+        actions = self.action_mean + self.action_std * (self.predict_action(next_states) + action_noise)
+        actions = actions.clamp(-LARGEST_ACTION, LARGEST_ACTION)
+        mean, log_std = self.predict_change(actions, next_states)
+        changes = self.change_mean + self.change_std * (mean + log_std.exp() * state_noise)
+        return next_states + changes, actions
+
+
+LARGEST_ACTION = 0.98  # an action at its bound would ask the policy for an infinite mean
+
+
+def as_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
+    return as_tensor(rng.standard_normal(shape, dtype=np.float32), device)
+
+
+# ------------------------------------------------------------------------------------------------------ experience
+
+
+class Batch(NamedTuple):
+    """Transitions: states and next states (B, S), actions (B, A), rewards and terminated (B,), all float32."""
+
+    states: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    terminated: torch.Tensor
+    next_states: torch.Tensor
+
+
+class ReplayBuffer:
+    """B: a ring with one copy of each state, held in columns whose row t * num_envs + i is step t of environment i.
+
+    A row holds a state and what was done there; the next state is num_envs rows further. The last state of an episode
+    has a row of its own, in which nothing was done.
+    """
+
+    def __init__(self, buffer_size: int, num_envs: int, state_dim: int, action_dim: int, device: torch.device | str):
+        self.length, self.time, self.full = buffer_size // num_envs, np.zeros(num_envs, dtype=int), False
+        self.acted = np.zeros(self.length * num_envs, dtype=bool)  # which rows are transitions
+        # Every tenth stretch of 100 steps is kept from the backtracking model, to test it.
+        self.held_out = np.arange(len(self.acted)) // (100 * num_envs) % 10 == 9
+        shapes = {"states": (state_dim,), "actions": (action_dim,), "rewards": (), "terminated": ()}
+        self.columns = {k: torch.zeros(len(self.acted), *shape, device=device) for k, shape in shapes.items()}
+
+    def add_state(self, i: int, state: np.ndarray) -> None:
+        """The state that environment i is in now."""
+        row = self.time[i] * len(self.time) + i
+        self.columns["states"][row] = torch.from_numpy(state)
+        self.acted[row] = False
+
+    def add_step(self, i: int, action: np.ndarray, reward: float, terminated: bool, next_state: np.ndarray) -> None:
+        """What environment i did in its state, and what came of it."""
+        row = self.time[i] * len(self.time) + i
+        self.columns["actions"][row] = torch.from_numpy(action)
+        self.columns["rewards"][row], self.columns["terminated"][row] = reward, float(terminated)
+        self.acted[row] = True
+        self.next_row(i)
+        self.add_state(i, next_state)
+
+    def next_row(self, i: int) -> None:
+        """Also called at the end of an episode, whose last state keeps its row."""
+        self.time[i] = (self.time[i] + 1) % self.length
+        self.full |= bool(self.time[i] == 0)
+
+    def draw_rows(self, count: int, rng: np.random.Generator, allowed: np.ndarray) -> np.ndarray:
+        """Rows of those that are allowed (length * num_envs,), uniform and independent, (count,)."""
+        filled = len(self.acted) if self.full else (int(self.time.max()) + 1) * len(self.time)
+        rows = rng.integers(filled, size=count)
+        while len(missing := np.flatnonzero(~allowed[rows])):
+            rows[missing] = rng.integers(filled, size=len(missing))
+        return rows
+
+    def later(self, rows: np.ndarray, steps: int) -> np.ndarray:
+        """The rows so many steps later, or earlier if negative."""
+        return (rows + steps * len(self.time)) % len(self.acted)
+
+    def at(self, rows: np.ndarray) -> Batch:
+        device = self.columns["states"].device
+        rows, next_rows = as_tensor(rows, device), as_tensor(self.later(rows, 1), device)
+        return Batch(*(column[rows] for column in self.columns.values()), self.columns["states"][next_rows])
+
+    def state_dict(self) -> dict:
+        """Without a copy: a slice made by numpy has a storage of its own size, which is all that torch.save writes."""
+        filled = len(self.acted) if self.full else (int(self.time.max()) + 1) * len(self.time)
+        columns = {k: torch.from_numpy(column.cpu().numpy()[:filled]) for k, column in self.columns.items()}
+        columns["acted"] = torch.from_numpy(self.acted[:filled])
+        return {"columns": columns, "time": self.time.tolist(), "full": self.full}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, column in (self.columns | {"acted": torch.from_numpy(self.acted)}).items():
+            column[: len(state["columns"][name])] = state["columns"][name].to(column.device)
+        self.time[:], self.full = state["time"], state["full"]
+
+
+class Episodes:
+    """The environments, with an episode under way in each.
+
+    Every episode has a seed of its own. So the actions since its start are all that a checkpoint needs to know of the
+    simulator: `load_state_dict` plays them again.
+    """
+
+    def __init__(self, envs: list[gym.Env], seed: int):
+        self.envs, self.seed = envs, seed
+        self.number = [0] * len(envs)  # of the episode under way in each environment
+        self.actions: list[list[np.ndarray]] = [[] for _ in envs]
+        self.total_reward = [0.0] * len(envs)
+        self.states = np.stack([self.reset(i) for i in range(len(envs))])
+
+    def reset(self, i: int) -> np.ndarray:
+        seed = np.random.SeedSequence([self.seed, i, self.number[i]]).generate_state(1)[0]
+        state, _ = self.envs[i].reset(seed=int(seed))
+        self.actions[i], self.total_reward[i] = [], 0.0
+        return state.astype(np.float32)
+
+    def step(self, i: int, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        """One step of environment i; `states` holds where it is afterwards, which is a new episode after the last."""
+        self.actions[i].append(action)
+        next_state, reward, terminated, truncated, _ = self.envs[i].step(action)
+        self.total_reward[i] += float(reward)
+        self.states[i] = next_state
+        return self.states[i].copy(), float(reward), bool(terminated), bool(truncated)
+
+    def next_episode(self, i: int) -> tuple[float, int]:
+        """Starts the next episode in environment i; returns the return and the length of the last."""
+        ended = self.total_reward[i], len(self.actions[i])
+        self.number[i] += 1
+        self.states[i] = self.reset(i)
+        return ended
+
+    def state_dict(self) -> dict:
+        actions = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        return {"number": self.number.copy(), "actions": actions, "states": torch.from_numpy(self.states.copy())}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.number = state["number"].copy()
+        for i, actions in enumerate(state["actions"]):
+            self.states[i] = self.reset(i)
+            for action in actions.numpy():
+                self.step(i, action)
+        if not np.array_equal(self.states, state["states"].numpy()):
+            raise ValueError("the environment did something else than it did before")
+
+
+# ------------------------------------------------------------------------------------------------------ actor-critic
+
+
+@torch.no_grad()
+def act(actor: Actor, states: np.ndarray, noise: torch.Tensor | None, device: str) -> np.ndarray:
+    """Actions (B, A) in states (B, S): sampled with noise (B, A), or the greedy ones without."""
+    mean, log_std = actor(as_tensor(states, device))
+    return (mean if noise is None else mean + log_std.exp() * noise).tanh().cpu().numpy()
+
+
+def update_critic(actor, critic, target_critic, log_temperature, optimizer, batch: Batch, noise, args: Args):
+    """One step of the twin critics towards the soft Bellman target (Haarnoja et al., 2018b, Eq. 5); returns losses."""
+    with torch.no_grad():
+        next_actions, log_prob = actor.sample(batch.next_states, noise)
+        next_values = target_critic(batch.next_states, next_actions).amin(0) - log_temperature.exp() * log_prob
+        targets = args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminated) * next_values
+    values = critic(batch.states, batch.actions)
+    loss = ((values - targets) ** 2).mean(-1).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        for target, weight in zip(target_critic.parameters(), critic.parameters(), strict=True):
+            target.lerp_(weight, args.tau)
+    return {"losses/value_loss": loss.detach(), "losses/q_value": values.detach().mean()}
+
+
+def update_actor(actor, critic, log_temperature, optimizer, batch: Batch, noise, args: Args):
+    """One step of the actor and of the temperature (Haarnoja et al., 2018b, Eqs. 7 and 18); returns losses."""
+    actions, log_prob = actor.sample(batch.states, noise)
+    temperature = log_temperature.detach().exp()
+    policy_loss = (temperature * log_prob - critic(batch.states, actions).amin(0)).mean()
+    entropy, weights = -log_prob.detach().mean(), list(actor.parameters())
+    loss = policy_loss
+    if args.temperature is None:
+        loss = policy_loss + log_temperature * (entropy + actions.shape[-1])  # the target entropy is -A
+        weights.append(log_temperature)
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)  # and not of the critics, whose gradients nobody needs here
+    optimizer.step()
+    return {"losses/policy_loss": policy_loss.detach(), "losses/entropy": entropy, "losses/temperature": temperature}
+
+
+# ------------------------------------------------------------------------------------------------------ recall traces
+
+
+@torch.no_grad()
+def state_values(actor: Actor, critic: Critic, states: torch.Tensor) -> torch.Tensor:
+    """V(s) of states (B, S): the smaller Q of the greedy action, (B,)."""
+    return critic(states, actor(states)[0].tanh()).amin(0)
+
+
+def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, allowed: np.ndarray, args: Args, rng):
+    """The most valuable of the tuples drawn from B, best first, their next states' values and rows (Alg. 1, line 10).
+
+    No recall trace can start from a terminal state: it has no value.
+    """
+    batch = buffer.at(rows := buffer.draw_rows(args.recall_tuples, rng, allowed))
+    values = state_values(actor, critic, batch.next_states).masked_fill(batch.terminated.bool(), -torch.inf)
+    values, best = values.sort(descending=True, stable=True)
+    best = best[: max(1, round(args.top_fraction * len(rows)))]
+    return Batch(*(column[best] for column in batch)), values[: len(best)], rows[best.cpu().numpy()]
+
+
+def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Batch, rows: torch.Tensor) -> dict:
+    """One maximum likelihood step on these rows of the most valuable tuples (Alg. 1, lines 8 and 9); returns losses."""
+    of_actions, of_changes = model.log_prob(tuples.states[rows], tuples.actions[rows], tuples.next_states[rows])
+    losses = {"recall/action_nll": -of_actions.mean(), "recall/state_nll": -of_changes.mean()}
+    losses["recall/backtracking_loss"] = sum(losses.values())  # Eq. (2)
+    optimizer.zero_grad()
+    losses["recall/backtracking_loss"].backward()
+    optimizer.step()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def recall_traces(model: BacktrackingModel, starts: torch.Tensor, length: int, args: Args, rng: np.random.Generator):
+    """Unrolls the backtracking model from the states `starts` (N, S) backwards (section 2.1; Alg. 1, line 11).
+
+    Returns states (length, N, S) and actions (length, N, A), ordered from the high-value state backwards, and which of
+    them belong to a trace (length, N): it ends where it leaves the box of the states that the model has learned from.
+    """
+    states, actions, inside = [], [], []
+    next_states = starts
+    for _ in range(length):
+        action_noise = args.action_noise * normal(rng, (len(starts), len(model.action_mean)), starts.device)
+        state_noise = args.state_noise * normal(rng, starts.shape, starts.device)
+        next_states, action = model.sample(next_states, action_noise, state_noise)
+        states.append(next_states)
+        actions.append(action)
+        inside.append(((next_states >= model.lowest_state) & (next_states <= model.highest_state)).all(-1))
+        # One that has left is of no more use; it waits at the border, so that its numbers stay finite.
+        next_states = next_states.clamp(model.lowest_state, model.highest_state)
+    return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
+
+
+def imitate(actor: Actor, critic: Critic, optimizer, states, actions, args: Args) -> dict[str, torch.Tensor]:
+    """One step that raises log pi(a | s) on pairs (n, S) and (n, A) of traces (Alg. 1, lines 12 and 13)."""
+    log_probs = actor.log_prob(states, actions)
+    weights = torch.ones_like(log_probs)
+    if args.trace_filter == "advantage":
+        weights = (advantages(actor, critic, states, actions) > 0).float()
+    loss = -(weights * log_probs).sum() / weights.sum().clamp(min=1)  # Eq. (3), its mean over the pairs
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {"recall/imitation_loss": loss.detach()}
+
+
+@torch.no_grad()
+def advantages(actor: Actor, critic: Critic, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """How much the critics prefer actions (n, A) in states (n, S) to the greedy one, (n,)."""
+    return critic(states, actions).amin(0) - state_values(actor, critic, states)
+
+
+class Comparison(NamedTuple):
+    """Imagined and real backward trajectories from the same high-value states, (length, N, ...)."""
+
+    starts: torch.Tensor  # (N, S)
+    real: torch.Tensor
+    known: torch.Tensor  # where there is a real predecessor, one of the same episode
+    imagined: torch.Tensor
+    actions: torch.Tensor
+    in_trace: torch.Tensor
+
+
+@torch.no_grad()
+def compare_traces(model: BacktrackingModel, buffer: ReplayBuffer, actor, critic, length: int, args: Args, rng):
+    """Recall traces beside what really led to the high-value states; the model has not learned from these tuples."""
+    allowed = buffer.acted & buffer.held_out
+    if not allowed.any():
+        return None
+    _, _, rows = high_value_states(buffer, actor, critic, allowed, args, rng)
+    rows = np.unique(rows)
+    rows = rows[:: max(1, len(rows) // 256)]
+    rows = np.stack([buffer.later(rows, -steps) for steps in range(length)])
+    known = as_tensor(np.logical_and.accumulate(allowed[rows]), args.device)
+    starts, real = buffer.at(rows[0]).next_states, buffer.at(rows.ravel()).states.unflatten(0, rows.shape)
+    return Comparison(starts, real, known, *recall_traces(model, starts, length, args, rng))
+
+
+def trace_errors(model: BacktrackingModel, compared: Comparison) -> torch.Tensor:
+    """Root mean square distance of imagined from real predecessors, in standard deviations of the states, (length,)."""
+    distances = ((compared.imagined - compared.real) / model.state_std).square().mean(-1).sqrt()
+    counted = (compared.known & compared.in_trace).float()
+    return (counted * distances).sum(-1) / counted.sum(-1)  # nan where there is none
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def play(envs: list[gym.Env], actor: Actor, args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Plays one episode of the greedy policy in each environment; returns returns and lengths (len(envs),)."""
+    states = np.stack([env.reset(seed=args.seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
+    returns, lengths, going = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
+    while going:
+        actions, still_going = act(actor, states[going], None, args.device), []
+        for i, action in zip(going, actions, strict=True):
+            states[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            lengths[i] += 1
+            if not (terminated or truncated):
+                still_going.append(i)
+        going = still_going
+    return returns, lengths
+
+
+def draw_traces(model: BacktrackingModel, compared: Comparison) -> plt.Figure:
+    """Imagined and real backward trajectories in the plane in which the real ones vary most, and the error by step."""
+    figure, (plane, errors) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    real, imagined, starts = (
+        (x - model.state_mean) / model.state_std for x in (compared.real, compared.imagined, compared.starts)
+    )
+    axes = torch.linalg.svd(real[compared.known], full_matrices=False)[2][:2].T
+    shown = compared.known.sum(0).argsort(descending=True, stable=True)[:8].tolist()
+    for label, states, kept, style in (
+        ("real", real, compared.known, "k-"),
+        ("imagined", imagined, compared.in_trace, "C1-"),
+    ):
+        for n, i in enumerate(shown):
+            way = torch.cat((starts[None, i], states[:, i][kept[:, i]])) @ axes
+            plane.plot(*way.T.cpu().numpy(), style, lw=1, alpha=0.7, marker=".", ms=3, label=None if n else label)
+    plane.plot(*(starts[shown] @ axes).T.cpu().numpy(), "C0*", ms=9, ls="", label="high-value state")
+    plane.set(
+        title="Backward trajectories from high-value states", xlabel="1st principal axis", ylabel="2nd principal axis"
+    )
+    still = Comparison(*compared)._replace(imagined=compared.starts.expand_as(compared.real))
+    steps = np.arange(1, len(compared.real) + 1)
+    errors.plot(steps, trace_errors(model, compared).cpu(), "C1", marker=".", label="imagined")
+    errors.plot(steps, trace_errors(model, still).cpu(), "k--", label="standing still")
+    survival = compared.in_trace.float().mean(-1).cpu()
+    errors.plot(steps, survival, "C2:", label="share of traces inside the data")
+    errors.set(title="Distance from the real predecessors", xlabel="steps back", ylim=(0, None))
+    errors.set_ylabel("standard deviations of the states")
+    for ax in (plane, errors):
+        ax.legend()
+    return figure
+
+
+def write_video(path: Path, args: Args, actor: Actor) -> None:
+    """Writes the first ten seconds of an episode of the greedy agent as a GIF, at about 25 frames a second."""
+    env = make_env(args, render_mode="rgb_array")
+    fps = env.metadata["render_fps"]
+    every = max(1, round(fps / 25))
+    state, _ = env.reset(seed=args.seed)
+    frames, done = [], False
+    for step in range(10 * fps):
+        if step % every == 0 or done:
+            frames.append(Image.fromarray(env.render()).resize((240, 240)).quantize(64))
+        if done:
+            break
+        state, _, terminated, truncated, _ = env.step(act(actor, state[None].astype(np.float32), None, args.device)[0])
+        done = terminated or truncated
+    env.close()
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 * every / fps, loop=0)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoint
+
+
+def fail(message: str) -> None:
+    """Ends the program with one line that names the flag and what would be accepted, and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """The environment with actions from -1 to 1."""
+    options = {} if args.contact_forces else {"include_cfrc_ext_in_observation": False}
+    try:
+        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **options)
+    except TypeError as error:
+        fail(f"--no-contact-forces is for Ant and Humanoid, not for {args.env_id}: {error}")
+    except (gym.error.Error, ImportError, ValueError) as error:
+        fail(f"--env-id must be the id of a Gymnasium environment such as HalfCheetah-v5: {error}")
+    states, actions = env.observation_space, env.action_space
+    if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
+        fail(f"--env-id must have a vector of observations (a Box with one axis), {args.env_id} has {states}")
+    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
+        fail(f"--env-id must have a vector of actions (a Box with one axis), {args.env_id} has {actions}")
+    if not actions.is_bounded():
+        fail(f"--env-id must have bounded actions, those of {args.env_id} are {actions}")
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+AT_MOST = {"gamma": 1, "tau": 1, "top_fraction": 1, "seed": 2**63 - 1, "torch_threads": 1024, "num_envs": 1024}
+AT_MOST |= dict.fromkeys(("num_traces", "batch_size", "backtracking_batch_size", "hidden", "trace_length"), 10**5)
+AT_MOST |= {"recall_tuples": 10**7, "buffer_size": 10**9}
+
+
+def check(args: Args) -> None:
+    """Fails on the first argument that is out of range."""
+    for name, value in vars(args).items():
+        least = 0 if isinstance(value, float | bool) or name == "seed" else 1
+        most = AT_MOST.get(name, sys.float_info.max)
+        if isinstance(value, int | float) and not least <= value <= most:
+            allowed = f"from {least} to {most}" if name in AT_MOST else f"of at least {least}"
+            fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
+    if args.temperature == 0:
+        fail("--temperature must be greater than 0, got 0.0")
+    if args.buffer_size < 10 * args.num_envs:
+        fail(f"--buffer-size must be at least 10 for each of {args.num_envs} environments, got {args.buffer_size}")
+    try:
+        torch.zeros(1, device=args.device).cpu()
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device} is not available here, --device cpu is")
+    mujoco.set_mju_user_warning(show_warning)
+    env = make_env(args)
+    if args.capture_video:
+        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+        try:
+            env = make_env(args, render_mode="rgb_array")
+            env.reset()
+            env.render()
+        except Exception as error:  # every renderer has its own
+            fail(f"--capture-video cannot draw {args.env_id} here (MUJOCO_GL=osmesa may help): {error}")
+    env.close()
+
+
+def show_warning(message: str) -> None:
+    """What MuJoCo has to say, but for the age of Gymnasium's models."""
+    if "deprecated" not in message:
+        print(f"MuJoCo: {message.strip()}", file=sys.stderr)
+
+
+def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
+    """The arguments and the checkpoint (None before the first one) of the run in a folder."""
+    try:
+        saved = Args(**json.loads((run_dir / "args.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        fail(f"--{name} must be the folder of a run of this script, with its args.json; {run_dir} is not")
+    try:
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        assert len(dict(checkpoint)["actor"]["net.0.weight"]) == saved.hidden
+    except FileNotFoundError:
+        checkpoint = None
+    except Exception:  # torch.load raises a different one for every way in which a file can be damaged
+        fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
+    saved.run_dir = run_dir
+    return saved, checkpoint
+
+
+def resume_run(args: Args) -> tuple[Args, dict | None]:
+    """The run in --resume with its own arguments; --total-timesteps may grow."""
+    saved, checkpoint = read_run(args.resume, "resume")
+    for field in fields(args):
+        given, old = getattr(args, field.name), getattr(saved, field.name)
+        if field.name not in ("resume", "total_timesteps") and given not in (field.default, old):
+            name = field.name.replace("_", "-")
+            fail(f"--{name} cannot change with --resume, the run has {old}; only --total-timesteps may grow")
+    if args.total_timesteps is not None and args.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
+    saved.total_timesteps = args.total_timesteps or saved.total_timesteps
+    check(saved)
+    return saved, checkpoint
+
+
+def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
+    """Forgets what was logged after the checkpoint, at which the event files had these sizes: it is logged again."""
+    for file in run_dir.glob("events.out.tfevents.*"):
+        if file.name in sizes:
+            os.truncate(file, sizes[file.name])
+        else:
+            file.unlink()
+
+
+def make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir must be a folder that can be made, {run_dir} is not: {error.strerror}")
+    if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+        fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+
+
+def replace_file(path: Path, write) -> None:
+    """Writes a file under a temporary name and renames it, so that a kill at any moment leaves a whole one."""
+    write(path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+@contextmanager
+def catch_signals():
+    """A list that gets the number of every SIGINT and SIGTERM, so that the training loop can stop at a good place."""
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda caught_number, _: caught.append(caught_number)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate: plays greedy episodes with a trained agent, prints their returns and may write a GIF."""
+    saved, checkpoint = read_run(args.evaluate, "evaluate")
+    if checkpoint is None:
+        fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
+    saved = replace(saved, seed=args.seed, device=args.device)
+    envs = [make_env(saved) for _ in range(args.eval_episodes)]
+    actor = Actor(*envs[0].observation_space.shape, *envs[0].action_space.shape, saved.hidden).to(args.device)
+    actor.load_state_dict(checkpoint["actor"])
+    returns, lengths = play(envs, actor, saved)
+    for i in range(args.eval_episodes):
+        print(f"episode {i}: return {returns[i]:.2f} in {lengths[i]} steps")
+    print(f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}")
+    if args.capture_video:
+        path = args.evaluate / f"agent_{checkpoint['step']}.gif"
+        write_video(path, saved, actor)
+        print(f"wrote {path}")
+
+
+# ------------------------------------------------------------------------------------------------------ main
+
+
+def main(args: Args) -> None:
+    if args.evaluate is not None:
+        check(args)
+        return evaluate_run(args)
+    checkpoint = None
+    if args.resume is not None:
+        args, checkpoint = resume_run(args)
+    else:
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.recall}__seed{args.seed}__{int(time.time())}"
+        args = replace(args, run_dir=args.run_dir or Path("runs", name))
+        args.total_timesteps = 100_000 if args.total_timesteps is None else args.total_timesteps
+        if args.trace_length is None:
+            args.trace_length = 50 if args.env_id.startswith(("Ant", "Humanoid")) else 20  # Table 2
+        check(args)
+        make_run_dir(args.run_dir)
+
+    torch.set_num_threads(args.torch_threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and filling takes time
+    eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
+    episodes = Episodes([make_env(args) for _ in range(args.num_envs)], args.seed)
+    state_dim, action_dim = episodes.states.shape[1], eval_envs[0].action_space.shape[0]
+    torch.manual_seed(args.seed)
+    actor = Actor(state_dim, action_dim, args.hidden).to(args.device)  # Alg. 1, line 1
+    critic = Critic(state_dim, action_dim, args.hidden).to(args.device)
+    target_critic = deepcopy(critic)
+    log_temperature = nn.Parameter(
+        torch.tensor(1.0 if args.temperature is None else args.temperature, device=args.device).log()
+    )
+    actor_weights = [*actor.parameters(), log_temperature]
+    actor_optimizer = torch.optim.Adam(actor_weights, lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, state_dim, action_dim, args.device)
+    for i, state in enumerate(episodes.states):
+        buffer.add_state(i, state)
+    parts = {"actor": actor, "critic": critic, "target_critic": target_critic, "buffer": buffer, "episodes": episodes}
+    parts |= {"temperature": nn.ParameterList([log_temperature])}
+    parts |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    rngs = {"rollout": np.random.default_rng([args.seed, 0]), "update": np.random.default_rng([args.seed, 1])}
+    if args.recall != "none":
+        model = BacktrackingModel(state_dim, action_dim).to(args.device)  # Alg. 1, line 2
+        backtracking_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
+        imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
+        parts |= {"backtracking_model": model, "imitation_optimizer": imitation_optimizer}
+        parts["backtracking_optimizer"] = backtracking_optimizer
+        rngs["recall"] = np.random.default_rng([args.seed, 2])
+    step, finished, losses = 0, [], {}  # finished: (return, length) of the episodes since the last evaluation
+    if checkpoint:
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            for name, rng in rngs.items():
+                rng.bit_generator.state = checkpoint["rngs"][name]
+            step, finished, losses = checkpoint["step"], checkpoint["finished"], checkpoint["losses"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}")
+    cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
+    arguments = json.dumps(asdict(args), indent=4, default=str)
+    replace_file(args.run_dir / "args.json", lambda path: path.write_text(arguments))
+
+    def save_checkpoint() -> None:
+        check_losses()
+        writer.flush()
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}}
+        event_sizes = {file.name: file.stat().st_size for file in args.run_dir.glob("events.out.tfevents.*")}
+        state |= {"step": step, "finished": finished, "losses": losses, "event_sizes": event_sizes}
+        replace_file(args.run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def check_losses() -> None:
+        for name, loss in losses.items():
+            if not np.isfinite(float(loss)):
+                sys.exit(f"error: {name} is {loss} at step {step}; {args.run_dir} keeps the last good checkpoint")
+
+    def log() -> None:
+        check_losses()
+        returns, _ = play(eval_envs, actor, args)
+        scalars = {"eval/return": returns.mean(), **losses}
+        if finished:
+            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
+            finished.clear()
+        if compared := compare():
+            survived = compared.in_trace.float().mean()
+            gained = advantages(
+                actor, critic, compared.imagined[compared.in_trace], compared.actions[compared.in_trace]
+            )
+            scalars |= {"recall/trace_survival": survived, "recall/trace_advantage": gained.mean()}
+            errors = trace_errors(model, compared)
+            scalars |= {"recall/trace_error": errors.nanmean(), "recall/trace_error_of_first_step": errors[0]}
+        scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+        for name, value in scalars.items():
+            if np.isfinite(float(value)):  # no trace may have stayed inside the data
+                writer.add_scalar(name, float(value), step)
+        progress.set_postfix_str(f"return {returns.mean():.0f}")
+
+    def compare() -> Comparison | None:
+        if args.recall == "none" or step < args.learning_starts + args.recall_every:
+            return None
+        rng = np.random.default_rng([args.seed, 3, step])
+        return compare_traces(model, buffer, actor, critic, args.trace_length, args, rng)
+
+    def write_pictures() -> None:
+        if compared := compare():
+            figure = draw_traces(model, compared)
+            figure.savefig(args.run_dir / "traces.png", dpi=120)
+            image = np.asarray(Image.open(args.run_dir / "traces.png").convert("RGB"))
+            writer.add_image("pictures/traces", image, step, dataformats="HWC")
+        if args.capture_video:
+            write_video(args.run_dir / "agent.gif", args, actor)
+
+    first_step, started = step, time.time()
+    progress = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)
+    with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
+        while step < args.total_timesteps:  # Alg. 1, line 3
+            if caught or step % args.checkpoint_every < args.num_envs:
+                save_checkpoint()
+            if caught:
+                print(f"stopped at step {step}; --resume {args.run_dir} goes on from there", file=sys.stderr)
+                sys.exit(128 + caught[0])
+            if step % args.eval_every < args.num_envs:
+                log()
+
+            # Alg. 1, lines 4 and 5: execute the policy, add what it did to B
+            noise = normal(rngs["rollout"], (args.num_envs, action_dim), args.device)
+            actions = act(actor, episodes.states, noise, args.device)
+            if step < args.learning_starts:
+                actions = rngs["rollout"].uniform(-1, 1, actions.shape).astype(np.float32)
+            for i, action in enumerate(actions):
+                next_state, reward, terminated, truncated = episodes.step(i, action)
+                buffer.add_step(i, action, reward, terminated, next_state)
+                if terminated or truncated:
+                    finished.append(episodes.next_episode(i))
+                    buffer.next_row(i)
+                    buffer.add_state(i, episodes.states[i])
+            step += args.num_envs
+            progress.update(args.num_envs)
+
+            steps_before, steps_now = (max(0, n - args.learning_starts) for n in (step - args.num_envs, step))
+            for update in range(int(steps_before * args.updates_per_step), int(steps_now * args.updates_per_step)):
+                # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
+                batch = buffer.at(buffer.draw_rows(args.batch_size, rngs["update"], buffer.acted))
+                noises = normal(rngs["update"], (2, args.batch_size, action_dim), args.device)
+                networks = actor, critic, target_critic, log_temperature
+                losses |= update_critic(*networks, critic_optimizer, batch, noises[0], args)
+                losses |= update_actor(actor, critic, log_temperature, actor_optimizer, batch, noises[1], args)
+                if args.recall == "none" or (update + 1) % args.recall_every != 0:
+                    continue
+
+                rng, device = rngs["recall"], args.device
+                allowed = buffer.acted & ~buffer.held_out
+                tuples, values, _ = high_value_states(buffer, actor, critic, allowed, args, rng)
+                # Alg. 1, lines 8 and 9: fit the backtracking model to the tuples that led to the most valuable states
+                model.normalise_by(tuples.states, tuples.actions, tuples.next_states)
+                if args.recall == "learned":
+                    shape = args.backtracking_updates, args.backtracking_batch_size
+                    for rows in as_tensor(rng.integers(len(values), size=shape), device):
+                        losses |= update_backtracking_model(model, backtracking_optimizer, tuples, rows)
+                # Alg. 1, lines 10 and 11: recall traces from the most valuable states
+                starts = tuples.next_states[: args.num_traces * args.recall_updates]
+                states, actions, in_trace = recall_traces(model, starts, args.trace_length, args, rng)
+                for some in torch.arange(len(starts), device=device).chunk(args.recall_updates):
+                    # Alg. 1, lines 12 and 13: imitate them
+                    kept = in_trace[:, some]
+                    pairs = states[:, some][kept], actions[:, some][kept]
+                    losses |= imitate(actor, critic, imitation_optimizer, *pairs, args)
+                losses["recall/start_value"] = values[: len(starts)].mean()
+
+        save_checkpoint()
+        log()
+        write_pictures()
+    print(f"pictures, curves and the trained agent are in {args.run_dir}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
