@@ -404,7 +404,7 @@ def act(actor: Actor, states: np.ndarray, noise: torch.Tensor | None, device: st
 
 
 def update_critic(actor, critic, target_critic, log_temperature, optimizer, batch: Batch, noise, args: Args):
-    """One step of the twin critics towards the soft Bellman target (Haarnoja et al., 2018b, Eq. 5); returns losses."""
+    """One step of the twin critics towards the soft Bellman target (Haarnoja et al., 2018b); returns its losses."""
     with torch.no_grad():
         next_actions, log_prob = actor.sample(batch.next_states, noise)
         next_values = target_critic(batch.next_states, next_actions).amin(0) - log_temperature.exp() * log_prob
@@ -421,7 +421,7 @@ def update_critic(actor, critic, target_critic, log_temperature, optimizer, batc
 
 
 def update_actor(actor, critic, log_temperature, optimizer, batch: Batch, noise, args: Args):
-    """One step of the actor and of the temperature (Haarnoja et al., 2018b, Eqs. 7 and 18); returns losses."""
+    """One step of the actor and of the temperature (Haarnoja et al., 2018b); returns losses."""
     actions, log_prob = actor.sample(batch.states, noise)
     temperature = log_temperature.detach().exp()
     policy_loss = (temperature * log_prob - critic(batch.states, actions).amin(0)).mean()
@@ -506,6 +506,11 @@ def imitate(actor: Actor, critic: Critic, optimizer, states, actions, args: Args
 def advantages(actor: Actor, critic: Critic, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """How much the critics prefer actions (n, A) in states (n, S) to the greedy one, (n,)."""
     return critic(states, actions).amin(0) - state_values(actor, critic, states)
+
+
+def default_trace_length(env_id: str) -> int:
+    """Table 2."""
+    return 50 if env_id.startswith(("Ant", "Humanoid")) else 20
 
 
 class Comparison(NamedTuple):
@@ -622,11 +627,12 @@ def fail(message: str) -> None:
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The environment with actions from -1 to 1."""
     options = {} if args.contact_forces else {"include_cfrc_ext_in_observation": False}
+    options |= {} if render_mode is None else {"render_mode": render_mode}
     try:
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True, **options)
-    except TypeError as error:
-        fail(f"--no-contact-forces is for Ant and Humanoid, not for {args.env_id}: {error}")
-    except (gym.error.Error, ImportError, ValueError) as error:
+        env = gym.make(args.env_id, disable_env_checker=True, **options)
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        if "include_cfrc_ext_in_observation" in str(error):
+            fail(f"--no-contact-forces is for Ant and Humanoid, {args.env_id} has no such forces")
         fail(f"--env-id must be the id of a Gymnasium environment such as HalfCheetah-v5: {error}")
     states, actions = env.observation_space, env.action_space
     if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
@@ -781,7 +787,7 @@ def main(args: Args) -> None:
         args = replace(args, run_dir=args.run_dir or Path("runs", name))
         args.total_timesteps = 100_000 if args.total_timesteps is None else args.total_timesteps
         if args.trace_length is None:
-            args.trace_length = 50 if args.env_id.startswith(("Ant", "Humanoid")) else 20  # Table 2
+            args.trace_length = default_trace_length(args.env_id)
         check(args)
         make_run_dir(args.run_dir)
 
