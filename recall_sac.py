@@ -35,13 +35,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
-import matplotlib.pyplot as plt
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -112,15 +112,15 @@ class Args:
     """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for Ant and Humanoid and 20 for all others (Table 2)"""
-    recall_every: int = 250
+    recall_every: int = 100
     """soft actor-critic updates per recall phase"""
-    recall_updates: int = 10
+    recall_updates: int = 5
     """imitation updates per recall phase, each with new traces (App. H)"""
     recall_tuples: int = 20_000
     """tuples drawn from the replay buffer for each recall phase (E.2)"""
     top_fraction: float = 0.1
     """k, share of these tuples, those with the most valuable next state, that the backtracking model learns from"""
-    backtracking_updates: int = 100
+    backtracking_updates: int = 40
     """backtracking model updates per recall phase (App. C: a hundred for every 5 updates of the policy)"""
     backtracking_batch_size: int = 256
     """(state, action, next state) tuples per backtracking model update"""
@@ -132,6 +132,8 @@ class Args:
     """standard deviation of imagined actions as a share of the model's own (the paper: 1)"""
     state_noise: float = 0.5
     """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
+    trace_limit: float = 5.0
+    """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
     trace_filter: Literal["none", "advantage"] = "none"
     """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action"""
 
@@ -214,17 +216,13 @@ class BacktrackingModel(nn.Module):
         for name, size in (("state", state_dim), ("action", action_dim), ("change", state_dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
-        self.register_buffer("lowest_state", torch.full((state_dim,), -torch.inf))
-        self.register_buffer("highest_state", torch.full((state_dim,), torch.inf))
 
     def normalise_by(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> None:
-        """Takes the statistics of these tuples, and the box of these states as the region that the model knows."""
+        """Takes the statistics of these tuples."""
         for name, values in (("state", next_states), ("action", actions), ("change", states - next_states)):
             std = values.std(0)
             getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1))  # 1 for what never changes
-        self.lowest_state.copy_(states.amin(0))
-        self.highest_state.copy_(states.amax(0))
 
     def predict_action(self, next_states: torch.Tensor) -> torch.Tensor:
         """Mean of q(a_t | s_{t+1}), normalised, (B, A); its variance is 1."""
@@ -473,19 +471,19 @@ def recall_traces(model: BacktrackingModel, starts: torch.Tensor, length: int, a
     """Unrolls the backtracking model from the states `starts` (N, S) backwards (section 2.1; Alg. 1, line 11).
 
     Returns states (length, N, S) and actions (length, N, A), ordered from the high-value state backwards, and which of
-    them belong to a trace (length, N): it ends where it leaves the box of the states that the model has learned from.
+    them belong to a trace (length, N): it ends where it leaves the data that the model has learned from.
     """
-    states, actions, inside = [], [], []
-    next_states = starts
+    states, actions, inside, next_states = [], [], [], starts
+    reach = args.trace_limit * model.state_std
     for _ in range(length):
         action_noise = args.action_noise * normal(rng, (len(starts), len(model.action_mean)), starts.device)
         state_noise = args.state_noise * normal(rng, starts.shape, starts.device)
         next_states, action = model.sample(next_states, action_noise, state_noise)
         states.append(next_states)
         actions.append(action)
-        inside.append(((next_states >= model.lowest_state) & (next_states <= model.highest_state)).all(-1))
+        inside.append(((next_states - model.state_mean).abs() <= reach).all(-1))
         # One that has left is of no more use; it waits at the border, so that its numbers stay finite.
-        next_states = next_states.clamp(model.lowest_state, model.highest_state)
+        next_states = next_states.clamp(model.state_mean - reach, model.state_mean + reach)
     return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
 
 
@@ -565,9 +563,10 @@ def play(envs: list[gym.Env], actor: Actor, args: Args) -> tuple[np.ndarray, np.
     return returns, lengths
 
 
-def draw_traces(model: BacktrackingModel, compared: Comparison) -> plt.Figure:
+def draw_traces(model: BacktrackingModel, compared: Comparison) -> Figure:
     """Imagined and real backward trajectories in the plane in which the real ones vary most, and the error by step."""
-    figure, (plane, errors) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    plane, errors = figure.subplots(1, 2)
     real, imagined, starts = (
         (x - model.state_mean) / model.state_std for x in (compared.real, compared.imagined, compared.starts)
     )
@@ -594,6 +593,15 @@ def draw_traces(model: BacktrackingModel, compared: Comparison) -> plt.Figure:
     errors.set_ylabel("standard deviations of the states")
     for ax in (plane, errors):
         ax.legend()
+    return figure
+
+
+def draw_returns(evaluations: list[tuple[int, float]], title: str) -> Figure:
+    """The learning curve: (step, mean return) of each evaluation."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(*zip(*evaluations, strict=True), marker=".")
+    ax.set(title=title, xlabel="environment steps", ylabel="return of the greedy policy")
     return figure
 
 
@@ -821,14 +829,16 @@ def main(args: Args) -> None:
         parts |= {"backtracking_model": model, "imitation_optimizer": imitation_optimizer}
         parts["backtracking_optimizer"] = backtracking_optimizer
         rngs["recall"] = np.random.default_rng([args.seed, 2])
-    step, finished, losses = 0, [], {}  # finished: (return, length) of the episodes since the last evaluation
+    step, losses, evaluations = 0, {}, []  # evaluations: (step, mean return)
+    finished = []  # (return, length) of the episodes since the last evaluation
     if checkpoint:
         try:
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             for name, rng in rngs.items():
                 rng.bit_generator.state = checkpoint["rngs"][name]
-            step, finished, losses = checkpoint["step"], checkpoint["finished"], checkpoint["losses"]
+            step, losses = checkpoint["step"], checkpoint["losses"]
+            finished, evaluations = checkpoint["finished"], checkpoint["evaluations"]
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}")
     cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
@@ -841,7 +851,8 @@ def main(args: Args) -> None:
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}}
         event_sizes = {file.name: file.stat().st_size for file in args.run_dir.glob("events.out.tfevents.*")}
-        state |= {"step": step, "finished": finished, "losses": losses, "event_sizes": event_sizes}
+        state |= {"step": step, "losses": losses, "event_sizes": event_sizes}
+        state |= {"finished": finished, "evaluations": evaluations}
         replace_file(args.run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def check_losses() -> None:
@@ -852,6 +863,7 @@ def main(args: Args) -> None:
     def log() -> None:
         check_losses()
         returns, _ = play(eval_envs, actor, args)
+        evaluations.append((step, float(returns.mean())))
         scalars = {"eval/return": returns.mean(), **losses}
         if finished:
             scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
@@ -877,11 +889,13 @@ def main(args: Args) -> None:
         return compare_traces(model, buffer, actor, critic, args.trace_length, args, rng)
 
     def write_pictures() -> None:
+        pictures = {"returns": draw_returns(evaluations, f"{args.env_id}, recall {args.recall}, seed {args.seed}")}
         if compared := compare():
-            figure = draw_traces(model, compared)
-            figure.savefig(args.run_dir / "traces.png", dpi=120)
-            image = np.asarray(Image.open(args.run_dir / "traces.png").convert("RGB"))
-            writer.add_image("pictures/traces", image, step, dataformats="HWC")
+            pictures["traces"] = draw_traces(model, compared)
+        for name, figure in pictures.items():
+            figure.savefig(args.run_dir / f"{name}.png", dpi=120)
+            image = np.asarray(Image.open(args.run_dir / f"{name}.png").convert("RGB"))
+            writer.add_image(f"pictures/{name}", image, step, dataformats="HWC")
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, actor)
 
