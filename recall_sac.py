@@ -108,13 +108,13 @@ class Args:
     # recall traces
     recall: Literal["none", "random", "learned"] = "learned"
     """none: plain soft actor-critic; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int = 64
+    num_traces: int = 8
     """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for Ant and Humanoid and 20 for all others (Table 2)"""
     recall_every: int = 100
     """soft actor-critic updates per recall phase"""
-    recall_updates: int = 5
+    recall_updates: int = 100
     """imitation updates per recall phase, each with new traces (App. H)"""
     recall_tuples: int = 20_000
     """tuples drawn from the replay buffer for each recall phase (E.2)"""
@@ -487,6 +487,12 @@ def recall_traces(model: BacktrackingModel, starts: torch.Tensor, length: int, a
     return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
 
 
+def split_traces(states, actions, in_trace, num_traces: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs (n, S) and (n, A) of so many traces at a time, of traces (length, N, ...)."""
+    parts = zip(*(column.split(num_traces, dim=1) for column in (states, actions, in_trace)), strict=True)
+    return [(states[inside], actions[inside]) for states, actions, inside in parts]
+
+
 def imitate(actor: Actor, critic: Critic, optimizer, states, actions, args: Args) -> dict[str, torch.Tensor]:
     """One step that raises log pi(a | s) on pairs (n, S) and (n, A) of traces (Alg. 1, lines 12 and 13)."""
     log_probs = actor.log_prob(states, actions)
@@ -829,6 +835,7 @@ def main(args: Args) -> None:
         parts |= {"backtracking_model": model, "imitation_optimizer": imitation_optimizer}
         parts["backtracking_optimizer"] = backtracking_optimizer
         rngs["recall"] = np.random.default_rng([args.seed, 2])
+    traces = []  # one entry for each imitation update that is left of the last recall phase
     step, losses, evaluations = 0, {}, []  # evaluations: (step, mean return)
     finished = []  # (return, length) of the episodes since the last evaluation
     if checkpoint:
@@ -839,6 +846,7 @@ def main(args: Args) -> None:
                 rng.bit_generator.state = checkpoint["rngs"][name]
             step, losses = checkpoint["step"], checkpoint["losses"]
             finished, evaluations = checkpoint["finished"], checkpoint["evaluations"]
+            traces = [tuple(part.to(args.device) for part in pairs) for pairs in checkpoint["traces"]]
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}")
     cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
@@ -852,7 +860,7 @@ def main(args: Args) -> None:
         state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}}
         event_sizes = {file.name: file.stat().st_size for file in args.run_dir.glob("events.out.tfevents.*")}
         state |= {"step": step, "losses": losses, "event_sizes": event_sizes}
-        state |= {"finished": finished, "evaluations": evaluations}
+        state |= {"finished": finished, "evaluations": evaluations, "traces": traces}
         replace_file(args.run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def check_losses() -> None:
@@ -934,27 +942,27 @@ def main(args: Args) -> None:
                 networks = actor, critic, target_critic, log_temperature
                 losses |= update_critic(*networks, critic_optimizer, batch, noises[0], args)
                 losses |= update_actor(actor, critic, log_temperature, actor_optimizer, batch, noises[1], args)
-                if args.recall == "none" or (update + 1) % args.recall_every != 0:
+                if args.recall == "none":
                     continue
 
-                rng, device = rngs["recall"], args.device
-                allowed = buffer.acted & ~buffer.held_out
-                tuples, values, _ = high_value_states(buffer, actor, critic, allowed, args, rng)
-                # Alg. 1, lines 8 and 9: fit the backtracking model to the tuples that led to the most valuable states
-                model.normalise_by(tuples.states, tuples.actions, tuples.next_states)
-                if args.recall == "learned":
-                    shape = args.backtracking_updates, args.backtracking_batch_size
-                    for rows in as_tensor(rng.integers(len(values), size=shape), device):
-                        losses |= update_backtracking_model(model, backtracking_optimizer, tuples, rows)
-                # Alg. 1, lines 10 and 11: recall traces from the most valuable states
-                starts = tuples.next_states[: args.num_traces * args.recall_updates]
-                states, actions, in_trace = recall_traces(model, starts, args.trace_length, args, rng)
-                for some in torch.arange(len(starts), device=device).chunk(args.recall_updates):
-                    # Alg. 1, lines 12 and 13: imitate them
-                    kept = in_trace[:, some]
-                    pairs = states[:, some][kept], actions[:, some][kept]
-                    losses |= imitate(actor, critic, imitation_optimizer, *pairs, args)
-                losses["recall/start_value"] = values[: len(starts)].mean()
+                since = (update + 1) % args.recall_every
+                if since == 0:
+                    rng, allowed = rngs["recall"], buffer.acted & ~buffer.held_out
+                    tuples, values, _ = high_value_states(buffer, actor, critic, allowed, args, rng)
+                    # Alg. 1, lines 8 and 9: fit the backtracking model to what led to the most valuable states
+                    model.normalise_by(tuples.states, tuples.actions, tuples.next_states)
+                    if args.recall == "learned":
+                        shape = args.backtracking_updates, args.backtracking_batch_size
+                        for rows in as_tensor(rng.integers(len(values), size=shape), args.device):
+                            losses |= update_backtracking_model(model, backtracking_optimizer, tuples, rows)
+                    # Alg. 1, lines 10 and 11: recall traces from the most valuable states
+                    chosen = rng.permutation(args.num_traces * args.recall_updates) % len(values)
+                    losses["recall/start_value"] = values[chosen].mean()
+                    starts = tuples.next_states[chosen]
+                    traces = split_traces(*recall_traces(model, starts, args.trace_length, args, rng), args.num_traces)
+                # Alg. 1, lines 12 and 13: imitate them, by updates spread evenly over the time to the next recall phase
+                while len(traces) * args.recall_every > args.recall_updates * (args.recall_every - 1 - since):
+                    losses |= imitate(actor, critic, imitation_optimizer, *traces.pop(), args)
 
         save_checkpoint()
         log()

@@ -2,7 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium==1.4.0",
+#     "imageio==2.38.1",
 #     "matplotlib==3.11.2",
+#     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "pillow==13.0.0",
 #     "scipy==1.17.1",
@@ -73,7 +75,7 @@ class Args:
     scale: Literal["smoke", "laptop", "paper"] = "laptop"
     """length of the runs; smoke: tiny, to see that all works; laptop: hours on 2 cores; paper: the paper's budget"""
     seeds: int | None = None
-    """seeds of each setting, from 1 on; if not given, 1 for smoke, else 10"""
+    """seeds of each setting, from 1 on; if not given, 1 for smoke, else 10, with soft actor-critic 5"""
     workers: int = os.cpu_count() or 1
     """runs at a time, each with one torch thread"""
     engine: Literal["local", "slurm"] = "local"
@@ -92,7 +94,17 @@ FOUR_ROOMS = {
     "laptop": "--total-timesteps 100000",
     "paper": "--total-timesteps 100000",
 }
-SCALES = {"recall_a2c_fourroom.py": FOUR_ROOMS, "per_a2c_fourroom.py": FOUR_ROOMS}
+# The laptop's networks and batches are those of the first version of soft actor-critic, a quarter of today's.
+SOFT_ACTOR_CRITIC = {
+    "smoke": "--total-timesteps 1400 --learning-starts 1200 --eval-every 700 --eval-episodes 1 --hidden 16",
+    "laptop": "--total-timesteps 60000 --hidden 128 --batch-size 128",
+    "paper": "--total-timesteps 1000000",
+}
+SCALES = {
+    "recall_a2c_fourroom.py": FOUR_ROOMS,
+    "per_a2c_fourroom.py": FOUR_ROOMS,
+    "recall_sac.py": SOFT_ACTOR_CRITIC,
+}
 
 NONE = "recall_a2c_fourroom.py --recall none"
 RECALL = "recall_a2c_fourroom.py --recall true"
@@ -100,6 +112,9 @@ RANDOM = "recall_a2c_fourroom.py --recall random"
 LEARNED = "recall_a2c_fourroom.py --recall learned"
 PER = "per_a2c_fourroom.py --priority return"
 TD_ERROR = "per_a2c_fourroom.py --priority td-error"
+SAC_NONE = "recall_sac.py --recall none"
+SAC_RANDOM = "recall_sac.py --recall random"
+SAC_LEARNED = "recall_sac.py --recall learned"
 
 
 class Panel(NamedTuple):
@@ -118,6 +133,7 @@ class PaperFigure(NamedTuple):
     panels: tuple[Panel, ...] = ()
     needs: str = ""  # the script that is still to come
     note: str = ""  # how to read it
+    seeds: int = 10  # of each setting, if --seeds does not say
 
 
 PERS = {"PER": PER, "PER by TD error": TD_ERROR}
@@ -127,6 +143,10 @@ METHODS = {"actor-critic": NONE} | PERS | {"recall traces": RECALL}
 def rooms(size: int, runs: dict[str, str], *kind_and_tag: str, until: float | None = None) -> Panel:
     runs = {label: f"{command} --size {size}" for label, command in runs.items()}
     return Panel(f"{size} x {size}", runs, *kind_and_tag, until=until)
+
+
+def tasks(names: tuple[str, ...], runs: dict[str, str]) -> tuple[Panel, ...]:
+    return tuple(Panel(n, {label: f"{command} --env-id {n}" for label, command in runs.items()}) for n in names)
 
 
 def visits(*sizes: int) -> tuple[Panel, ...]:
@@ -139,6 +159,14 @@ RATIOS = {"1 : 1": ONCE, "5 : 1": f"{ONCE} --recall-every 5", "10 : 1": f"{ONCE}
 LENGTHS = {"1 : 1 (25)": ONCE} | {
     f"1 : {n} ({length})": f"{RECALL} --recall-updates {n} --trace-length {length}"
     for n, length in ((5, 25), (5, 10), (20, 25), (20, 5))
+}
+
+TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
+MODELS = {"soft actor-critic": SAC_NONE, "untrained model": SAC_RANDOM, "recall traces": SAC_LEARNED}
+# Of 100 updates of soft actor-critic each, so the paper's 5, 10 and 20 for 5; its lengths in brackets.
+SAC_RATIOS = {"soft actor-critic": SAC_NONE} | {
+    f"{n // 20} : 5 ({length})": f"{SAC_LEARNED} --recall-updates {n} --trace-length {length}"
+    for n, length in ((100, 20), (200, 20), (400, 20), (400, 10))
 }
 
 STEP_SIZES = {"actor-critic": NONE, "recall traces": RECALL}
@@ -167,7 +195,12 @@ FIGURES = {
     ),
     "fig5": PaperFigure("section 6.3", "U-maze ant: coverage heat maps", needs="recall_goalgan_ant.py"),
     "fig6": PaperFigure("section 6.4", "MuJoCo: recall traces with TRPO", needs="recall_trpo.py"),
-    "fig7": PaperFigure("section 6.5", "MuJoCo: recall traces with SAC", needs="recall_sac.py"),
+    "fig7": PaperFigure(
+        "section 6.5",
+        "MuJoCo: recall traces with soft actor-critic",
+        tasks(TASKS, {"soft actor-critic": SAC_NONE, "recall traces": SAC_LEARNED}),
+        seeds=5,
+    ),
     "fig8": PaperFigure("App. B", "MuJoCo: trace lengths with TRPO", needs="recall_trpo.py"),
     "fig9": PaperFigure(
         "App. D",
@@ -190,7 +223,12 @@ FIGURES = {
         "Four rooms: learned against random backward actions",
         (rooms(15, {"actor-critic": NONE, "random backward actions": RANDOM, "recall traces": RECALL}),),
     ),
-    "fig15": PaperFigure("App. F", "MuJoCo: learned against random backward model", needs="recall_sac.py"),
+    "fig15": PaperFigure(
+        "App. F",
+        "MuJoCo: learned against untrained backtracking model, with soft actor-critic",
+        tasks(TASKS, MODELS),
+        seeds=5,
+    ),
     "fig16": PaperFigure("App. G", "MuJoCo: forward model", needs="recall_trpo.py"),
     "fig17": PaperFigure(
         "App. H",
@@ -207,7 +245,12 @@ FIGURES = {
         "100 000 steps. Our traces end where their episode began, so long ones cannot undo the policy as in the paper, "
         "and are the best. Short ones teach only the last steps before the goal.",
     ),
-    "fig19": PaperFigure("App. H", "MuJoCo: recall updates with SAC", needs="recall_sac.py"),
+    "fig19": PaperFigure(
+        "App. H",
+        "MuJoCo: recall updates for five updates of soft actor-critic (longest trace)",
+        tasks(("HalfCheetah-v5", "Hopper-v5"), SAC_RATIOS),
+        seeds=5,
+    ),
     "step-size": PaperFigure(
         "ours",
         "Four rooms: a faster actor-critic (RMSprop 2e-3 instead of 7e-4)",
@@ -244,7 +287,8 @@ def make_run(command: str, seed: int, args: Args) -> Run:
 def figure_runs(name: str, args: Args) -> dict[str, list[Run]]:
     """The runs of a figure: the command of each setting to one run for each seed."""
     commands = dict.fromkeys(command for panel in FIGURES[name].panels for command in panel.runs.values())
-    return {command: [make_run(command, seed, args) for seed in range(1, args.seeds + 1)] for command in commands}
+    seeds = args.seeds or (1 if args.scale == "smoke" else FIGURES[name].seeds)
+    return {command: [make_run(command, seed, args) for seed in range(1, seeds + 1)] for command in commands}
 
 
 def read_run(run: Run) -> EventAccumulator | None:
@@ -529,6 +573,7 @@ def write_summary(path: Path, curves: dict[str, Curves]) -> None:
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"actor-critic": "#000000", "recall traces": "#0072b2", "PER": "#d55e00", "PER by TD error": "#e69f00"}
 COLOURS |= {"both learned": "#009e73", "random backward actions": "#cc79a7"}
+COLOURS |= {"soft actor-critic": "#000000", "untrained model": "#cc79a7"}
 DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.5)))
 LABELS = {"eval/return": "return of the greedy policy", "eval/visited_cells": "distinct cells visited"}
 MORE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -628,6 +673,25 @@ def grows(figure: str, text: str, small: int, large: int, a: str, b: str) -> Cla
     )
 
 
+def on_tasks(figure: str, text: str, commands: tuple[str, ...], names: tuple[str, ...] = TASKS) -> list[Claim]:
+    """The area under the learning curve is larger: on each task, and in the mean of the ratios over all of them."""
+    settings = [tuple(f"{command} --env-id {name}" for command in commands) for name in names]
+    return [
+        Claim(figure, f"{text} ({name})", pair, statistic=MEAN_RETURN)
+        for name, pair in zip(names, settings, strict=True)
+    ] + [
+        Claim(
+            figure,
+            f"{text} (mean of {len(names)} tasks)",
+            sum(settings, ()),
+            lambda *means: sum(a / b for a, b in zip(means[::2], means[1::2], strict=True)) / (len(means) / 2),
+            statistic=MEAN_RETURN,
+            number="mean ratio",
+        )
+    ]
+
+
+MEAN_RETURN = "mean eval/return"
 VISITED = {"statistic": "last eval/visited_cells"}
 AT_THE_END = {"statistic": "success at the end", "formula": lambda a, b: a - b, "number": "difference", "above": 0}
 CLAIMS = (
@@ -641,7 +705,7 @@ CLAIMS = (
     grows("fig4", "The lead of recall traces over PER grows with the maze", 11, 15, PER, RECALL),
     Claim("fig5", "U-maze ant: 63 % coverage after 155 iterations instead of 275 (also fig12)"),
     Claim("fig6", "TRPO: recall traces learn faster and end higher on all tasks"),
-    Claim("fig7", "SAC: recall traces learn faster on all tasks, most on Ant"),
+    *on_tasks("fig7", "SAC: recall traces learn faster", (SAC_LEARNED, SAC_NONE)),
     Claim("fig8", "TRPO: the best length of the traces depends on the task"),
     grows("fig9", "The benefit of recall traces grows with the maze", 11, 19, NONE, RECALL),
     *in_rooms("fig10", "Recall traces need fewer steps than PER", (13,), PER, RECALL),
@@ -651,7 +715,7 @@ CLAIMS = (
     Claim("fig13", "U-mazes: recall traces raise coverage faster"),
     *in_rooms("fig14", "Learned backward actions need fewer steps than random ones", (15,), RANDOM, RECALL),
     *in_rooms("fig14", "Learned backward actions succeed more often in the end", (15,), RECALL, RANDOM, **AT_THE_END),
-    Claim("fig15", "SAC: a learned backtracking model is better than a random one"),
+    *on_tasks("fig15", "SAC: a learned backtracking model is better than a random one", (SAC_LEARNED, SAC_RANDOM)),
     Claim("fig16", "TRPO: a forward model does not help"),
     *in_rooms(
         "fig17",
@@ -675,7 +739,18 @@ CLAIMS = (
         LENGTHS["1 : 20 (25)"],
         **AT_THE_END,
     ),
-    Claim("fig19", "SAC: 10 or 20 recall updates are better than 5, with shorter traces"),
+    *on_tasks(
+        "fig19",
+        "SAC: 10 recall updates are better than 5, 10 : 5 (20) against 5 : 5 (20)",
+        (SAC_RATIOS["10 : 5 (20)"], SAC_RATIOS["5 : 5 (20)"]),
+        ("HalfCheetah-v5", "Hopper-v5"),
+    ),
+    *on_tasks(
+        "fig19",
+        "SAC: 20 recall updates need shorter traces, 20 : 5 (10) against 20 : 5 (20)",
+        (SAC_RATIOS["20 : 5 (10)"], SAC_RATIOS["20 : 5 (20)"]),
+        ("HalfCheetah-v5", "Hopper-v5"),
+    ),
 )
 
 
@@ -767,7 +842,7 @@ def check(args: Args) -> None:
                 f"{name} needs {FIGURES[name].needs}, which is still to come; --list shows the figures that can be made"
             )
     for flag, value in (("seeds", args.seeds), ("workers", args.workers)):
-        if value < 1:
+        if value is not None and value < 1:
             fail(f"--{flag} must be at least 1, got {value}")
     if args.engine == "slurm" and importlib.util.find_spec("submitit") is None:
         fail("--engine slurm needs submitit: pip install submitit")
@@ -814,7 +889,6 @@ def main(args: Args) -> None:
             print(f"{name:6} {figure.place:11} {figure.title}" + (f" (needs {figure.needs})" if figure.needs else ""))
         return
     smoke = args.scale == "smoke"
-    args.seeds = args.seeds if args.seeds is not None else 1 if smoke else 10
     args.results_dir = args.results_dir or Path("results/smoke" if smoke else "results")
     check(args)
     names = args.figures or [name for name, figure in FIGURES.items() if figure.panels]
