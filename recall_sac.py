@@ -242,6 +242,7 @@ class BacktrackingModel(nn.Module):
         action_mean, (mean, log_std) = self.predict_action(next_states), self.predict_change(actions, next_states)
         of_actions = -0.5 * ((action - action_mean) ** 2 + np.log(2 * np.pi))
         of_changes = -0.5 * (((change - mean) / log_std.exp()) ** 2 + np.log(2 * np.pi)) - log_std
+        # Eq. (1)
         return of_actions.sum(-1), of_changes.sum(-1)
 
     def sample(self, next_states, action_noise, state_noise) -> tuple[torch.Tensor, torch.Tensor]:
