@@ -112,15 +112,15 @@ class Args:
     """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for Ant and Humanoid and 20 for all others (Table 2)"""
-    recall_every: int = 100
+    recall_every: int = 250
     """soft actor-critic updates per recall phase"""
-    recall_updates: int = 100
+    recall_updates: int = 125
     """imitation updates per recall phase, each with new traces (App. H)"""
     recall_tuples: int = 20_000
     """tuples drawn from the replay buffer for each recall phase (E.2)"""
     top_fraction: float = 0.1
     """k, share of these tuples, those with the most valuable next state, that the backtracking model learns from"""
-    backtracking_updates: int = 40
+    backtracking_updates: int = 50
     """backtracking model updates per recall phase (App. C: a hundred for every 5 updates of the policy)"""
     backtracking_batch_size: int = 256
     """(state, action, next state) tuples per backtracking model update"""
@@ -186,20 +186,27 @@ class TwinLinear(nn.Module):
         self.weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in pair]))
         self.bias = nn.Parameter(torch.stack([layer.bias.detach().unsqueeze(0) for layer in pair]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, x.expand(2, *x.shape[-2:]), self.weight)
+    def forward(self, x: torch.Tensor, frozen: bool) -> torch.Tensor:
+        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        return torch.baddbmm(bias, x.expand(2, *x.shape[-2:]), weight)
 
 
 class Critic(nn.Module):
-    """Q_1(s, a) and Q_2(s, a), from states (B, S) and actions (B, A) to (2, B)."""
+    """Q_1(s, a) and Q_2(s, a), from states (B, S) and actions (B, A) to (2, B).
+
+    `frozen`: the gradient goes through to the actions, but none is computed for the critics' own weights.
+    """
 
     def __init__(self, state_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        layers = [TwinLinear(state_dim + action_dim, hidden), nn.ReLU(), TwinLinear(hidden, hidden), nn.ReLU()]
-        self.net = nn.Sequential(*layers, TwinLinear(hidden, 1))
+        sizes = state_dim + action_dim, hidden, hidden, 1
+        self.layers = nn.ModuleList([TwinLinear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True)])
 
-    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat((states, actions), dim=-1)).squeeze(-1)
+    def forward(self, states: torch.Tensor, actions: torch.Tensor, frozen: bool = False) -> torch.Tensor:
+        x = torch.cat((states, actions), dim=-1)
+        for layer in self.layers[:-1]:
+            x = layer(x, frozen).relu()
+        return self.layers[-1](x, frozen).squeeze(-1)
 
 
 class BacktrackingModel(nn.Module):
@@ -402,37 +409,31 @@ def act(actor: Actor, states: np.ndarray, noise: torch.Tensor | None, device: st
     return (mean if noise is None else mean + log_std.exp() * noise).tanh().cpu().numpy()
 
 
-def update_critic(actor, critic, target_critic, log_temperature, optimizer, batch: Batch, noise, args: Args):
-    """One step of the twin critics towards the soft Bellman target (Haarnoja et al., 2018b); returns its losses."""
+def update_actor_critic(actor, critic, target_critic, log_temperature, optimizer, batch: Batch, noise, args: Args):
+    """One step of critics, actor and temperature at once (Haarnoja et al., 2018b), noise (2, B, A); returns losses."""
+    temperature = log_temperature.detach().exp()
     with torch.no_grad():
-        next_actions, log_prob = actor.sample(batch.next_states, noise)
-        next_values = target_critic(batch.next_states, next_actions).amin(0) - log_temperature.exp() * log_prob
+        next_actions, log_probs = actor.sample(batch.next_states, noise[0])
+        next_values = target_critic(batch.next_states, next_actions).amin(0) - temperature * log_probs
         targets = args.reward_scale * batch.rewards + args.gamma * (1 - batch.terminated) * next_values
     values = critic(batch.states, batch.actions)
-    loss = ((values - targets) ** 2).mean(-1).sum()
+    value_loss = ((values - targets) ** 2).mean(-1).sum()
+
+    actions, log_probs = actor.sample(batch.states, noise[1])
+    policy_loss = (temperature * log_probs - critic(batch.states, actions, frozen=True).amin(0)).mean()
+    entropy = -log_probs.detach().mean()
+    loss = value_loss + policy_loss
+    if args.temperature is None:
+        loss = loss + log_temperature * (entropy + actions.shape[-1])  # the target entropy is -A
+
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     with torch.no_grad():
         for target, weight in zip(target_critic.parameters(), critic.parameters(), strict=True):
             target.lerp_(weight, args.tau)
-    return {"losses/value_loss": loss.detach(), "losses/q_value": values.detach().mean()}
-
-
-def update_actor(actor, critic, log_temperature, optimizer, batch: Batch, noise, args: Args):
-    """One step of the actor and of the temperature (Haarnoja et al., 2018b); returns losses."""
-    actions, log_prob = actor.sample(batch.states, noise)
-    temperature = log_temperature.detach().exp()
-    policy_loss = (temperature * log_prob - critic(batch.states, actions).amin(0)).mean()
-    entropy, weights = -log_prob.detach().mean(), list(actor.parameters())
-    loss = policy_loss
-    if args.temperature is None:
-        loss = policy_loss + log_temperature * (entropy + actions.shape[-1])  # the target entropy is -A
-        weights.append(log_temperature)
-    optimizer.zero_grad()
-    loss.backward(inputs=weights)  # and not of the critics, whose gradients nobody needs here
-    optimizer.step()
-    return {"losses/policy_loss": policy_loss.detach(), "losses/entropy": entropy, "losses/temperature": temperature}
+    losses = {"value_loss": value_loss, "q_value": values.mean(), "policy_loss": policy_loss, "entropy": entropy}
+    return {f"losses/{name}": loss.detach() for name, loss in (losses | {"temperature": temperature}).items()}
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
@@ -450,7 +451,8 @@ def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, allowe
     No recall trace can start from a terminal state: it has no value.
     """
     batch = buffer.at(rows := buffer.draw_rows(args.recall_tuples, rng, allowed))
-    values = state_values(actor, critic, batch.next_states).masked_fill(batch.terminated.bool(), -torch.inf)
+    values = torch.cat([state_values(actor, critic, part) for part in batch.next_states.split(1000)])  # fits a cache
+    values = values.masked_fill(batch.terminated.bool(), -torch.inf)
     values, best = values.sort(descending=True, stable=True)
     best = best[: max(1, round(args.top_fraction * len(rows)))]
     return Batch(*(column[best] for column in batch)), values[: len(best)], rows[best.cpu().numpy()]
@@ -819,15 +821,13 @@ def main(args: Args) -> None:
     log_temperature = nn.Parameter(
         torch.tensor(1.0 if args.temperature is None else args.temperature, device=args.device).log()
     )
-    actor_weights = [*actor.parameters(), log_temperature]
-    actor_optimizer = torch.optim.Adam(actor_weights, lr=args.learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
+    weights = [*actor.parameters(), *critic.parameters(), log_temperature]
+    optimizer = torch.optim.Adam(weights, lr=args.learning_rate, fused=True)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, state_dim, action_dim, args.device)
     for i, state in enumerate(episodes.states):
         buffer.add_state(i, state)
     parts = {"actor": actor, "critic": critic, "target_critic": target_critic, "buffer": buffer, "episodes": episodes}
-    parts |= {"temperature": nn.ParameterList([log_temperature])}
-    parts |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    parts |= {"temperature": nn.ParameterList([log_temperature]), "optimizer": optimizer}
     rngs = {"rollout": np.random.default_rng([args.seed, 0]), "update": np.random.default_rng([args.seed, 1])}
     if args.recall != "none":
         model = BacktrackingModel(state_dim, action_dim).to(args.device)  # Alg. 1, line 2
@@ -908,6 +908,9 @@ def main(args: Args) -> None:
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, actor)
 
+    update = update_actor_critic
+    if args.compile:
+        update = torch.compile(update, mode="reduce-overhead" if args.device.startswith("cuda") else None)
     first_step, started = step, time.time()
     progress = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)
     with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
@@ -920,11 +923,12 @@ def main(args: Args) -> None:
             if step % args.eval_every < args.num_envs:
                 log()
 
-            # Alg. 1, lines 4 and 5: execute the policy, add what it did to B
+            # Alg. 1, line 4: execute the policy
             noise = normal(rngs["rollout"], (args.num_envs, action_dim), args.device)
             actions = act(actor, episodes.states, noise, args.device)
             if step < args.learning_starts:
                 actions = rngs["rollout"].uniform(-1, 1, actions.shape).astype(np.float32)
+            # Alg. 1, line 5: add what it did to B
             for i, action in enumerate(actions):
                 next_state, reward, terminated, truncated = episodes.step(i, action)
                 buffer.add_step(i, action, reward, terminated, next_state)
@@ -936,17 +940,15 @@ def main(args: Args) -> None:
             progress.update(args.num_envs)
 
             steps_before, steps_now = (max(0, n - args.learning_starts) for n in (step - args.num_envs, step))
-            for update in range(int(steps_before * args.updates_per_step), int(steps_now * args.updates_per_step)):
+            for n in range(int(steps_before * args.updates_per_step), int(steps_now * args.updates_per_step)):
                 # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
                 batch = buffer.at(buffer.draw_rows(args.batch_size, rngs["update"], buffer.acted))
                 noises = normal(rngs["update"], (2, args.batch_size, action_dim), args.device)
-                networks = actor, critic, target_critic, log_temperature
-                losses |= update_critic(*networks, critic_optimizer, batch, noises[0], args)
-                losses |= update_actor(actor, critic, log_temperature, actor_optimizer, batch, noises[1], args)
+                losses |= update(actor, critic, target_critic, log_temperature, optimizer, batch, noises, args)
                 if args.recall == "none":
                     continue
 
-                since = (update + 1) % args.recall_every
+                since = (n + 1) % args.recall_every
                 if since == 0:
                     rng, allowed = rngs["recall"], buffer.acted & ~buffer.held_out
                     tuples, values, _ = high_value_states(buffer, actor, critic, allowed, args, rng)

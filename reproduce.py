@@ -96,7 +96,7 @@ FOUR_ROOMS = {
 }
 # The laptop's networks and batches are those of the first version of soft actor-critic, a quarter of today's.
 SOFT_ACTOR_CRITIC = {
-    "smoke": "--total-timesteps 1400 --learning-starts 1200 --eval-every 700 --eval-episodes 1 --hidden 16",
+    "smoke": "--total-timesteps 1200 --learning-starts 1000 --recall-every 50 --eval-every 600 --eval-episodes 1",
     "laptop": "--total-timesteps 60000 --hidden 128 --batch-size 128",
     "paper": "--total-timesteps 1000000",
 }
@@ -163,10 +163,10 @@ LENGTHS = {"1 : 1 (25)": ONCE} | {
 
 TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
 MODELS = {"soft actor-critic": SAC_NONE, "untrained model": SAC_RANDOM, "recall traces": SAC_LEARNED}
-# Of 100 updates of soft actor-critic each, so the paper's 5, 10 and 20 for 5; its lengths in brackets.
+# As in the paper, so many updates from recall traces for 5 of soft actor-critic, of which a recall phase has 250.
 SAC_RATIOS = {"soft actor-critic": SAC_NONE} | {
-    f"{n // 20} : 5 ({length})": f"{SAC_LEARNED} --recall-updates {n} --trace-length {length}"
-    for n, length in ((100, 20), (200, 20), (400, 20), (400, 10))
+    f"{n} : 5 ({length})": f"{SAC_LEARNED} --recall-updates {50 * n} --trace-length {length}"
+    for n, length in ((5, 20), (10, 20), (20, 20), (20, 10))
 }
 
 STEP_SIZES = {"actor-critic": NONE, "recall traces": RECALL}

@@ -131,87 +131,91 @@ def test_twin_critics_are_two_separate_networks():
     assert values.shape == (2, 5)
     for twin in range(2):
         x = torch.cat((states, actions), dim=-1)
-        for layer in critic.net:
-            x = x @ layer.weight[twin] + layer.bias[twin] if isinstance(layer, script.TwinLinear) else layer(x)
+        for layer in critic.layers:
+            x = x @ layer.weight[twin] + layer.bias[twin]
+            x = x.relu() if layer is not critic.layers[-1] else x
         torch.testing.assert_close(values[twin], x.squeeze(-1))
-    assert not torch.equal(critic.net[0].weight[0], critic.net[0].weight[1])
+    assert not torch.equal(critic.layers[0].weight[0], critic.layers[0].weight[1])
     bound = 1 / math.sqrt(STATE_DIM + ACTION_DIM)  # of torch's own linear layers
-    assert 0.8 * bound < critic.net[0].weight.abs().max() <= bound
+    assert 0.8 * bound < critic.layers[0].weight.abs().max() <= bound
 
 
 # ------------------------------------------------------------------------------------------------------ actor-critic
 
 
+class Learner:
+    """Small networks, a batch and noise, and one update of theirs by plain gradient descent."""
+
+    def __init__(self, temperature=0.2):
+        (self.actor, self.critic), self.target_critic = networks(), networks(1)[1]
+        self.batch, self.noise = random_batch(), randn(2, 16, ACTION_DIM, seed=9)
+        self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
+
+    def update(self, **args):
+        optimizer = sgd([*self.actor.parameters(), *self.critic.parameters(), self.log_temperature])
+        nets = self.actor, self.critic, self.target_critic, self.log_temperature
+        return script.update_actor_critic(*nets, optimizer, self.batch, self.noise, Args(**args))
+
+    def sample(self, states, noise):
+        mean, log_std = self.actor(states)
+        actions = (mean + log_std.exp() * noise).tanh()
+        return actions, tanh_gaussian(self.actor, states).log_prob(actions)
+
+
+def step_along(module, loss):
+    """The parameters after one step of gradient descent on the loss."""
+    gradients = torch.autograd.grad(loss, [*module.parameters()])
+    return [weight.detach() - 0.1 * gradient for weight, gradient in zip(module.parameters(), gradients, strict=True)]
+
+
+def assert_near(module, weights):
+    for weight, expected in zip(module.parameters(), weights, strict=True):
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("reward_scale", [1.0, 5.0])
 def test_critics_step_towards_the_soft_bellman_target(reward_scale):
-    actor, critic = networks()
-    target_critic, batch, noise = networks(1)[1], random_batch(), randn(16, ACTION_DIM, seed=9)
-    args, log_temperature = Args(gamma=0.9, tau=0.25, reward_scale=reward_scale), torch.tensor(0.2).log()
-    dist = tanh_gaussian(actor, batch.next_states)
-    mean, log_std = actor(batch.next_states)
-    next_actions = (mean + log_std.exp() * noise).tanh()
-    soft = target_critic(batch.next_states, next_actions).min(0)[0] - 0.2 * dist.log_prob(next_actions)
+    learner = Learner()
+    batch, critic, targets_before = learner.batch, learner.critic, copies(learner.target_critic)
+    next_actions, log_prob = learner.sample(batch.next_states, learner.noise[0])
+    soft = learner.target_critic(batch.next_states, next_actions).min(0)[0] - 0.2 * log_prob
     targets = torch.where(batch.terminated == 1, 0.0, 0.9 * soft) + reward_scale * batch.rewards
-    expected, old_targets = copy.deepcopy(critic), copies(target_critic)
-    loss = sum(nn.functional.mse_loss(q, targets.detach()) for q in expected(batch.states, batch.actions))
-    for parameter, gradient in zip(
-        expected.parameters(), torch.autograd.grad(loss, [*expected.parameters()]), strict=True
-    ):
-        parameter.data -= 0.1 * gradient
-
-    optimizer = sgd(critic.parameters())
-    losses = script.update_critic(actor, critic, target_critic, log_temperature, optimizer, batch, noise, args)
+    loss = sum(nn.functional.mse_loss(q, targets.detach()) for q in critic(batch.states, batch.actions))
+    expected = step_along(critic, loss)
+    losses = learner.update(gamma=0.9, tau=0.25, reward_scale=reward_scale)
     assert float(losses["losses/value_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
-    for weight, other in zip(critic.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5)
-    for target, old, weight in zip(target_critic.parameters(), old_targets, critic.parameters(), strict=True):
-        torch.testing.assert_close(target, 0.75 * old + 0.25 * weight)
-    assert all(parameter.grad is None for parameter in actor.parameters())
+    assert_near(critic, expected)  # and so the actor's loss has moved none of their weights
+    moved = [0.75 * old + 0.25 * new for old, new in zip(targets_before, copies(critic), strict=True)]
+    assert_near(learner.target_critic, moved)
 
 
-def update_actor(actor, critic, log_temperature, batch, noise, args, lr=0.1):
-    optimizer = sgd([*actor.parameters(), log_temperature], lr)
-    return script.update_actor(actor, critic, log_temperature, optimizer, batch, noise, args)
-
-
-def test_actor_steps_along_the_gradient_of_its_loss_and_critics_stand_still():
-    actor, critic = networks()
-    batch, noise, log_temperature = random_batch(), randn(16, ACTION_DIM, seed=9), nn.Parameter(torch.tensor(0.3).log())
-    expected, before = copy.deepcopy(actor), copies(critic)
-    mean, log_std = expected(batch.states)
-    actions = (mean + log_std.exp() * noise).tanh()
-    log_prob = tanh_gaussian(expected, batch.states).log_prob(actions)
-    loss = (0.3 * log_prob - critic(batch.states, actions).min(0)[0]).mean()
-    for parameter, gradient in zip(
-        expected.parameters(), torch.autograd.grad(loss, [*expected.parameters()]), strict=True
-    ):
-        parameter.data -= 0.1 * gradient
-
-    losses = update_actor(actor, critic, log_temperature, batch, noise, Args())
+def test_actor_steps_along_the_gradient_of_its_loss():
+    learner = Learner()
+    actions, log_prob = learner.sample(learner.batch.states, learner.noise[1])
+    loss = (0.2 * log_prob - learner.critic(learner.batch.states, actions).min(0)[0]).mean()
+    expected = step_along(learner.actor, loss)
+    losses = learner.update()
     assert float(losses["losses/policy_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
-    for weight, other in zip(actor.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(*pair) for pair in zip(critic.parameters(), before, strict=True))
-    assert all(parameter.grad is None for parameter in critic.parameters())
+    assert float(losses["losses/entropy"]) == pytest.approx(-float(log_prob.mean().detach()), rel=1e-4)
+    assert_near(learner.actor, expected)
 
 
 def test_temperature_moves_towards_an_entropy_of_minus_one_for_each_action_dimension():
-    actor, critic = networks()
-    batch, noise, temperature = random_batch(), randn(16, ACTION_DIM, seed=9), nn.Parameter(torch.tensor(0.0))
-    entropy = float(update_actor(copy.deepcopy(actor), critic, temperature, batch, noise, Args())["losses/entropy"])
-    assert float(temperature) == pytest.approx(-0.1 * (entropy + ACTION_DIM), rel=1e-4)  # d loss / d log temperature
+    broad, narrow = Learner(1.0), Learner(1.0)
+    entropy = float(broad.update()["losses/entropy"])
+    assert float(broad.log_temperature) == pytest.approx(
+        -0.1 * (entropy + ACTION_DIM), rel=1e-4
+    )  # d loss / d log alpha
     with torch.no_grad():
-        actor.net[-1].bias[ACTION_DIM:] = -5  # a policy that is nearly deterministic
-    update_actor(actor, critic, rising := nn.Parameter(torch.tensor(0.0)), batch, noise, Args())
-    assert entropy > -ACTION_DIM and float(temperature) < 0 < float(rising)
+        narrow.actor.net[-1].bias[ACTION_DIM:] = -5  # a policy that is nearly deterministic
+    narrow.update()
+    assert float(broad.log_temperature) < 0 < float(narrow.log_temperature)
 
 
 def test_a_given_temperature_stays():
-    actor, critic = networks()
-    temperature = nn.Parameter(torch.tensor(0.2).log())
-    losses = update_actor(actor, critic, temperature, random_batch(), randn(16, ACTION_DIM), Args(temperature=0.2))
-    assert float(losses["losses/temperature"]) == pytest.approx(0.2)
-    assert float(temperature) == pytest.approx(math.log(0.2))
+    learner = Learner(0.2)
+    assert float(learner.update(temperature=0.2)["losses/temperature"]) == pytest.approx(0.2)
+    assert float(learner.log_temperature) == pytest.approx(math.log(0.2))
 
 
 # ------------------------------------------------------------------------------------------------------ replay buffer
