@@ -664,3 +664,30 @@ def test_traces_are_compared_with_what_really_led_to_their_high_value_states():
 )
 def test_traces_are_as_long_as_in_table_2(env_id, length):
     assert script.default_trace_length(env_id) == length
+
+
+def test_traces_are_split_into_the_pairs_of_each_imitation_update():
+    states, actions = torch.arange(24.0).view(3, 8, 1), -torch.arange(24.0).view(3, 8, 1)
+    in_trace = torch.rand(3, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    parts = script.split_traces(states, actions, in_trace, 2)
+    assert len(parts) == 4
+    for n, (some_states, some_actions) in enumerate(parts):
+        expected = [float(states[t, i]) for t in range(3) for i in (2 * n, 2 * n + 1) if in_trace[t, i]]
+        assert some_states.flatten().tolist() == expected
+        assert torch.equal(some_actions, -some_states)
+
+
+@pytest.mark.parametrize("recall_every, recall_updates", [(10, 10), (10, 3), (7, 5), (10, 25)])
+def test_imitation_updates_are_spread_evenly_between_recall_phases(recall_every, recall_updates, tmp_path, monkeypatch):
+    done = []  # the number of real updates before each imitation update
+    real, imitate, update = [], script.imitate, script.update_actor_critic
+    monkeypatch.setattr(script, "update_actor_critic", lambda *args: (real.append(1), update(*args))[1])
+    monkeypatch.setattr(script, "imitate", lambda *args: (done.append(len(real)), imitate(*args))[1])
+    small = {"env_id": "Reacher-v5", "hidden": 8, "batch_size": 8, "learning_starts": 50, "recall_tuples": 100}
+    small |= {"backtracking_updates": 1, "eval_episodes": 1, "eval_every": 1000, "trace_length": 2}
+    small |= {"recall_every": recall_every, "recall_updates": recall_updates}
+    script.main(Args(run_dir=tmp_path / "run", total_timesteps=50 + 3 * recall_every - 1, **small))
+    torch.use_deterministic_algorithms(False)
+    counts = np.bincount(done, minlength=3 * recall_every)[recall_every : 3 * recall_every]
+    assert counts.sum() == 2 * recall_updates == len(done)  # the first phase comes after recall_every real updates
+    assert counts.max() - counts.min() <= 1
