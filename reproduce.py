@@ -801,7 +801,7 @@ def write_verdicts(results_dir: Path) -> None:
         "",
         "*Steps to success*: environment steps to the first evaluation with a success rate of 0.9, the whole budget if",
         "there is none. *Success at the end*: mean success rate of the last tenth of all evaluations; a seed *fails*",
-        "below 0.9.",
+        "below 0.9. *Mean eval/return*: mean over all evaluations of a run, the area under its learning curve.",
         "",
         "| figure | the paper claims | ours | seeds | verdict | command |",
         "|---|---|---|---|---|---|",
