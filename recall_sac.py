@@ -24,6 +24,7 @@ there; the policy imitates these recall traces. This file is all there is.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -73,7 +74,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of torch"""
     compile: bool = False
-    """compile the updates with torch.compile, on a GPU with CUDA graphs"""
+    """compile the soft actor-critic update with torch.compile, on a GPU with CUDA graphs; no gain on a CPU"""
 
     # environment
     env_id: str = "HalfCheetah-v5"
@@ -173,8 +174,8 @@ class Actor(nn.Module):
 
 def tanh_gaussian_log_prob(noise: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """log pi of tanh(u), u = mean + std * noise; log(1 - tanh(u)^2) in a form that does not round to log 0."""
-    log_slope = 2 * (np.log(2) - u - F.softplus(-2 * u))
-    return (-0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - log_slope).sum(-1)
+    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
 
 
 class TwinLinear(nn.Module):
@@ -207,6 +208,9 @@ class Critic(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x, frozen).relu()
         return self.layers[-1](x, frozen).squeeze(-1)
+
+
+LARGEST_ACTION = 0.98  # of traces: an action at its bound would ask the policy for an infinite mean
 
 
 class BacktrackingModel(nn.Module):
@@ -247,8 +251,8 @@ class BacktrackingModel(nn.Module):
         action = (actions - self.action_mean) / self.action_std
         change = (states - next_states - self.change_mean) / self.change_std
         action_mean, (mean, log_std) = self.predict_action(next_states), self.predict_change(actions, next_states)
-        of_actions = -0.5 * ((action - action_mean) ** 2 + np.log(2 * np.pi))
-        of_changes = -0.5 * (((change - mean) / log_std.exp()) ** 2 + np.log(2 * np.pi)) - log_std
+        of_actions = -0.5 * ((action - action_mean) ** 2 + math.log(2 * math.pi))
+        of_changes = -0.5 * (((change - mean) / log_std.exp()) ** 2 + math.log(2 * math.pi)) - log_std
         # Eq. (1)
         return of_actions.sum(-1), of_changes.sum(-1)
 
@@ -259,9 +263,6 @@ class BacktrackingModel(nn.Module):
         mean, log_std = self.predict_change(actions, next_states)
         changes = self.change_mean + self.change_std * (mean + log_std.exp() * state_noise)
         return next_states + changes, actions
-
-
-LARGEST_ACTION = 0.98  # an action at its bound would ask the policy for an infinite mean
 
 
 def as_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
@@ -295,8 +296,6 @@ class ReplayBuffer:
     def __init__(self, buffer_size: int, num_envs: int, state_dim: int, action_dim: int, device: torch.device | str):
         self.length, self.time, self.full = buffer_size // num_envs, np.zeros(num_envs, dtype=int), False
         self.acted = np.zeros(self.length * num_envs, dtype=bool)  # which rows are transitions
-        # Every tenth stretch of 100 steps is kept from the backtracking model, to test it.
-        self.held_out = np.arange(len(self.acted)) // (100 * num_envs) % 10 == 9
         shapes = {"states": (state_dim,), "actions": (action_dim,), "rewards": (), "terminated": ()}
         self.columns = {k: torch.zeros(len(self.acted), *shape, device=device) for k, shape in shapes.items()}
 
@@ -320,13 +319,25 @@ class ReplayBuffer:
         self.time[i] = (self.time[i] + 1) % self.length
         self.full |= bool(self.time[i] == 0)
 
-    def draw_rows(self, count: int, rng: np.random.Generator, allowed: np.ndarray) -> np.ndarray:
-        """Rows of those that are allowed (length * num_envs,), uniform and independent, (count,)."""
-        filled = len(self.acted) if self.full else (int(self.time.max()) + 1) * len(self.time)
-        rows = rng.integers(filled, size=count)
-        while len(missing := np.flatnonzero(~allowed[rows])):
-            rows[missing] = rng.integers(filled, size=len(missing))
-        return rows
+    def filled(self) -> int:
+        """How many rows have been written."""
+        return len(self.acted) if self.full else (int(self.time.max()) + 1) * len(self.time)
+
+    def held_out(self, rows: np.ndarray) -> np.ndarray:
+        """Which rows the backtracking model never sees, to be tested on them: every tenth stretch of 100 steps."""
+        return rows // (100 * len(self.time)) % 10 == 9
+
+    def draw_rows(self, count: int, rng: np.random.Generator, held_out: bool | None = None) -> np.ndarray:
+        """Rows of transitions, uniform and independent, (count,): of all, or only of those (not) held out."""
+        rows = rng.integers(self.filled(), size=count)
+        while True:
+            refused = ~self.acted[rows]
+            if held_out is not None:
+                refused |= self.held_out(rows) != held_out
+            refused = np.flatnonzero(refused)
+            if len(refused) == 0:
+                return rows
+            rows[refused] = rng.integers(self.filled(), size=len(refused))
 
     def later(self, rows: np.ndarray, steps: int) -> np.ndarray:
         """The rows so many steps later, or earlier if negative."""
@@ -339,8 +350,8 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         """Without a copy: a slice made by numpy has a storage of its own size, which is all that torch.save writes."""
-        filled = len(self.acted) if self.full else (int(self.time.max()) + 1) * len(self.time)
-        columns = {k: torch.from_numpy(column.cpu().numpy()[:filled]) for k, column in self.columns.items()}
+        filled = self.filled()
+        columns = {k: torch.from_numpy(column[:filled].cpu().numpy()) for k, column in self.columns.items()}
         columns["acted"] = torch.from_numpy(self.acted[:filled])
         return {"columns": columns, "time": self.time.tolist(), "full": self.full}
 
@@ -371,7 +382,7 @@ class Episodes:
         return state.astype(np.float32)
 
     def step(self, i: int, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-        """One step of environment i; `states` holds where it is afterwards, which is a new episode after the last."""
+        """One step of environment i: next state, reward, terminated, truncated. `next_episode` follows the last."""
         self.actions[i].append(action)
         next_state, reward, terminated, truncated, _ = self.envs[i].step(action)
         self.total_reward[i] += float(reward)
@@ -445,17 +456,18 @@ def state_values(actor: Actor, critic: Critic, states: torch.Tensor) -> torch.Te
     return critic(states, actor(states)[0].tanh()).amin(0)
 
 
-def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, allowed: np.ndarray, args: Args, rng):
-    """The most valuable of the tuples drawn from B, best first, their next states' values and rows (Alg. 1, line 10).
+def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, held_out: bool, args: Args, rng):
+    """The most valuable of the tuples drawn from B, best first, their next states' values and rows (Alg. 1, line 8).
 
-    No recall trace can start from a terminal state: it has no value.
+    Without those with a terminal next state: it has no value, and no recall trace can start there.
     """
-    batch = buffer.at(rows := buffer.draw_rows(args.recall_tuples, rng, allowed))
+    rows = buffer.draw_rows(args.recall_tuples, rng, held_out)
+    batch = buffer.at(rows)
     values = torch.cat([state_values(actor, critic, part) for part in batch.next_states.split(1000)])  # fits a cache
-    values = values.masked_fill(batch.terminated.bool(), -torch.inf)
-    values, best = values.sort(descending=True, stable=True)
-    best = best[: max(1, round(args.top_fraction * len(rows)))]
-    return Batch(*(column[best] for column in batch)), values[: len(best)], rows[best.cpu().numpy()]
+    values, best = values.masked_fill(batch.terminated.bool(), -torch.inf).sort(descending=True, stable=True)
+    count = min(max(1, round(args.top_fraction * len(rows))), int(values.isfinite().sum()))
+    values, best = values[:count], best[:count]
+    return Batch(*(column[best] for column in batch)), values, rows[best.cpu().numpy()]
 
 
 def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Batch, rows: torch.Tensor) -> dict:
@@ -498,11 +510,12 @@ def split_traces(states, actions, in_trace, num_traces: int) -> list[tuple[torch
 
 def imitate(actor: Actor, critic: Critic, optimizer, states, actions, args: Args) -> dict[str, torch.Tensor]:
     """One step that raises log pi(a | s) on pairs (n, S) and (n, A) of traces (Alg. 1, lines 12 and 13)."""
-    log_probs = actor.log_prob(states, actions)
-    weights = torch.ones_like(log_probs)
     if args.trace_filter == "advantage":
-        weights = (advantages(actor, critic, states, actions) > 0).float()
-    loss = -(weights * log_probs).sum() / weights.sum().clamp(min=1)  # Eq. (3), its mean over the pairs
+        good = advantages(actor, critic, states, actions) > 0
+        states, actions = states[good], actions[good]
+    if len(states) == 0:
+        return {}
+    loss = -actor.log_prob(states, actions).mean()  # Eq. (3), its mean over the pairs
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -534,14 +547,14 @@ class Comparison(NamedTuple):
 @torch.no_grad()
 def compare_traces(model: BacktrackingModel, buffer: ReplayBuffer, actor, critic, length: int, args: Args, rng):
     """Recall traces beside what really led to the high-value states; the model has not learned from these tuples."""
-    allowed = buffer.acted & buffer.held_out
-    if not allowed.any():
+    written = np.arange(buffer.filled())
+    if not (buffer.acted[written] & buffer.held_out(written)).any():
         return None
-    _, _, rows = high_value_states(buffer, actor, critic, allowed, args, rng)
+    _, _, rows = high_value_states(buffer, actor, critic, True, args, rng)
     rows = np.unique(rows)
     rows = rows[:: max(1, len(rows) // 256)]
     rows = np.stack([buffer.later(rows, -steps) for steps in range(length)])
-    known = as_tensor(np.logical_and.accumulate(allowed[rows]), args.device)
+    known = as_tensor(np.logical_and.accumulate(buffer.acted[rows] & buffer.held_out(rows)), args.device)
     starts, real = buffer.at(rows[0]).next_states, buffer.at(rows.ravel()).states.unflatten(0, rows.shape)
     return Comparison(starts, real, known, *recall_traces(model, starts, length, args, rng))
 
@@ -592,7 +605,7 @@ def draw_traces(model: BacktrackingModel, compared: Comparison) -> Figure:
     plane.set(
         title="Backward trajectories from high-value states", xlabel="1st principal axis", ylabel="2nd principal axis"
     )
-    still = Comparison(*compared)._replace(imagined=compared.starts.expand_as(compared.real))
+    still = compared._replace(imagined=compared.starts.expand_as(compared.real))
     steps = np.arange(1, len(compared.real) + 1)
     errors.plot(steps, trace_errors(model, compared).cpu(), "C1", marker=".", label="imagined")
     errors.plot(steps, trace_errors(model, still).cpu(), "k--", label="standing still")
@@ -623,7 +636,8 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
     frames, done = [], False
     for step in range(10 * fps):
         if step % every == 0 or done:
-            frames.append(Image.fromarray(env.render()).resize((240, 240)).quantize(64))
+            frames.append(Image.fromarray(env.render()))
+            frames[-1].thumbnail((240, 240))
         if done:
             break
         state, _, terminated, truncated, _ = env.step(act(actor, state[None].astype(np.float32), None, args.device)[0])
@@ -662,8 +676,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 AT_MOST = {"gamma": 1, "tau": 1, "top_fraction": 1, "seed": 2**63 - 1, "torch_threads": 1024, "num_envs": 1024}
-AT_MOST |= dict.fromkeys(("num_traces", "batch_size", "backtracking_batch_size", "hidden", "trace_length"), 10**5)
-AT_MOST |= {"recall_tuples": 10**7, "buffer_size": 10**9}
+AT_MOST |= dict.fromkeys(("num_traces", "batch_size", "backtracking_batch_size", "hidden", "recall_updates"), 10**5)
+AT_MOST |= {"recall_tuples": 10**7, "buffer_size": 10**9, "trace_length": 1000, "eval_episodes": 1000}
 
 
 def check(args: Args) -> None:
@@ -678,15 +692,20 @@ def check(args: Args) -> None:
         fail("--temperature must be greater than 0, got 0.0")
     if args.buffer_size < 10 * args.num_envs:
         fail(f"--buffer-size must be at least 10 for each of {args.num_envs} environments, got {args.buffer_size}")
+    steps = args.num_traces * args.recall_updates * (args.trace_length or 1)
+    if args.recall != "none" and steps > 10**7:
+        fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}, got {steps}")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not available here, --device cpu is")
-    mujoco.set_mju_user_warning(show_warning)
     env = make_env(args)
+    try:
+        shapes = *env.observation_space.shape, *env.action_space.shape
+        ReplayBuffer(args.buffer_size, args.num_envs, *shapes, args.device)
+    except (RuntimeError, MemoryError):
+        fail(f"--buffer-size {args.buffer_size} does not fit into memory")
     if args.capture_video:
-        if sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
         try:
             env = make_env(args, render_mode="rgb_array")
             env.reset()
@@ -793,6 +812,9 @@ def evaluate_run(args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    mujoco.set_mju_user_warning(show_warning)
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
     if args.evaluate is not None:
         check(args)
         return evaluate_run(args)
@@ -831,31 +853,36 @@ def main(args: Args) -> None:
     rngs = {"rollout": np.random.default_rng([args.seed, 0]), "update": np.random.default_rng([args.seed, 1])}
     if args.recall != "none":
         model = BacktrackingModel(state_dim, action_dim).to(args.device)  # Alg. 1, line 2
-        backtracking_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
         imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
         parts |= {"backtracking_model": model, "imitation_optimizer": imitation_optimizer}
-        parts["backtracking_optimizer"] = backtracking_optimizer
+        if args.recall == "learned":
+            backtracking_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
+            parts["backtracking_optimizer"] = backtracking_optimizer
         rngs["recall"] = np.random.default_rng([args.seed, 2])
     traces = []  # one entry for each imitation update that is left of the last recall phase
     step, losses, evaluations = 0, {}, []  # evaluations: (step, mean return)
     finished = []  # (return, length) of the episodes since the last evaluation
     if checkpoint:
         try:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
+            for name, part in parts.items():  # all but the buffer copied, so that the file can go
+                part.load_state_dict(checkpoint[name] if part is buffer else deepcopy(checkpoint[name]))
             for name, rng in rngs.items():
                 rng.bit_generator.state = checkpoint["rngs"][name]
-            step, losses = checkpoint["step"], checkpoint["losses"]
+            step, losses = checkpoint["step"], deepcopy(checkpoint["losses"])
             finished, evaluations = checkpoint["finished"], checkpoint["evaluations"]
-            traces = [tuple(part.to(args.device) for part in pairs) for pairs in checkpoint["traces"]]
+            traces = [tuple(part.to(args.device) for part in deepcopy(pairs)) for pairs in checkpoint["traces"]]
         except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}")
+            fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}".splitlines()[0])
     cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
+    del checkpoint
     arguments = json.dumps(asdict(args), indent=4, default=str)
     replace_file(args.run_dir / "args.json", lambda path: path.write_text(arguments))
 
     def save_checkpoint() -> None:
         check_losses()
+        modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+        if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
+            stop_with_bad_loss(max(losses, key=lambda name: abs(float(losses[name]))))
         writer.flush()
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}}
@@ -867,7 +894,10 @@ def main(args: Args) -> None:
     def check_losses() -> None:
         for name, loss in losses.items():
             if not np.isfinite(float(loss)):
-                sys.exit(f"error: {name} is {loss} at step {step}; {args.run_dir} keeps the last good checkpoint")
+                stop_with_bad_loss(name)
+
+    def stop_with_bad_loss(name: str) -> None:
+        sys.exit(f"error: {name} is {losses[name]} at step {step}; {args.run_dir} keeps the last good checkpoint")
 
     def log() -> None:
         check_losses()
@@ -892,7 +922,7 @@ def main(args: Args) -> None:
         progress.set_postfix_str(f"return {returns.mean():.0f}")
 
     def compare() -> Comparison | None:
-        if args.recall == "none" or step < args.learning_starts + args.recall_every:
+        if "recall/start_value" not in losses:  # no recall phase yet
             return None
         rng = np.random.default_rng([args.seed, 3, step])
         return compare_traces(model, buffer, actor, critic, args.trace_length, args, rng)
@@ -912,7 +942,8 @@ def main(args: Args) -> None:
     if args.compile:
         update = torch.compile(update, mode="reduce-overhead" if args.device.startswith("cuda") else None)
     first_step, started = step, time.time()
-    progress = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)
+    whole_steps = -(-args.total_timesteps // args.num_envs) * args.num_envs
+    progress = tqdm(total=whole_steps, initial=step, unit=" steps", disable=None)
     with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
         while step < args.total_timesteps:  # Alg. 1, line 3
             if caught or step % args.checkpoint_every < args.num_envs:
@@ -942,29 +973,31 @@ def main(args: Args) -> None:
             steps_before, steps_now = (max(0, n - args.learning_starts) for n in (step - args.num_envs, step))
             for n in range(int(steps_before * args.updates_per_step), int(steps_now * args.updates_per_step)):
                 # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
-                batch = buffer.at(buffer.draw_rows(args.batch_size, rngs["update"], buffer.acted))
+                batch = buffer.at(buffer.draw_rows(args.batch_size, rngs["update"]))
                 noises = normal(rngs["update"], (2, args.batch_size, action_dim), args.device)
                 losses |= update(actor, critic, target_critic, log_temperature, optimizer, batch, noises, args)
                 if args.recall == "none":
                     continue
 
-                since = (n + 1) % args.recall_every
-                if since == 0:
-                    rng, allowed = rngs["recall"], buffer.acted & ~buffer.held_out
-                    tuples, values, _ = high_value_states(buffer, actor, critic, allowed, args, rng)
+                updates_since_phase, rng = (n + 1) % args.recall_every, rngs["recall"]
+                if updates_since_phase == 0:
                     # Alg. 1, lines 8 and 9: fit the backtracking model to what led to the most valuable states
+                    tuples, values, _ = high_value_states(buffer, actor, critic, False, args, rng)
+                    if len(values) == 0:  # nothing but terminal states
+                        continue
                     model.normalise_by(tuples.states, tuples.actions, tuples.next_states)
                     if args.recall == "learned":
                         shape = args.backtracking_updates, args.backtracking_batch_size
                         for rows in as_tensor(rng.integers(len(values), size=shape), args.device):
                             losses |= update_backtracking_model(model, backtracking_optimizer, tuples, rows)
-                    # Alg. 1, lines 10 and 11: recall traces from the most valuable states
+                    # Alg. 1, lines 10 and 11: recall traces from the most valuable states, the best ones first
                     chosen = rng.permutation(args.num_traces * args.recall_updates) % len(values)
                     losses["recall/start_value"] = values[chosen].mean()
                     starts = tuples.next_states[chosen]
                     traces = split_traces(*recall_traces(model, starts, args.trace_length, args, rng), args.num_traces)
-                # Alg. 1, lines 12 and 13: imitate them, by updates spread evenly over the time to the next recall phase
-                while len(traces) * args.recall_every > args.recall_updates * (args.recall_every - 1 - since):
+                # Alg. 1, lines 12 and 13: imitate them, some after each update, so that none is left at the next phase
+                left_at_most = args.recall_updates * (args.recall_every - 1 - updates_since_phase) / args.recall_every
+                while len(traces) > left_at_most:
                     losses |= imitate(actor, critic, imitation_optimizer, *traces.pop(), args)
 
         save_checkpoint()

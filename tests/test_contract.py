@@ -102,6 +102,8 @@ SCRIPTS = {
             ("temperature", {"temperature": 0.0}),
             ("tau", {"tau": 1.5}),
             ("buffer-size", {"buffer_size": 9}),
+            ("num-traces", {"num_traces": 10**4, "recall_updates": 10**4}),
+            ("trace-length", {"trace_length": 10**6}),
         ),
         left_out=frozenset({"top-trajectories"}),
         tags=frozenset({"recall/trace_survival", "recall/trace_advantage", "recall/trace_error_of_first_step"}),

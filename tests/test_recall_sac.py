@@ -203,7 +203,7 @@ def test_actor_steps_along_the_gradient_of_its_loss():
 def test_temperature_moves_towards_an_entropy_of_minus_one_for_each_action_dimension():
     broad, narrow = Learner(1.0), Learner(1.0)
     entropy = float(broad.update()["losses/entropy"])
-    assert float(broad.log_temperature) == pytest.approx(
+    assert broad.log_temperature.item() == pytest.approx(
         -0.1 * (entropy + ACTION_DIM), rel=1e-4
     )  # d loss / d log alpha
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_replay_buffer_holds_the_true_newest_transitions(num_envs, size, steps):
         mine = [n // num_envs for n in found if n % num_envs == i]
         assert mine == list(range(steps - len(mine), steps))
         assert len(mine) == steps or len(mine) > 0.7 * size / num_envs  # the last states of episodes take rows too
-    drawn = rows_of(buffer.at(buffer.draw_rows(500, np.random.default_rng(0), buffer.acted)))
+    drawn = rows_of(buffer.at(buffer.draw_rows(500, np.random.default_rng(0))))
     assert {row.tobytes() for row in drawn} <= {row.tobytes() for row in held}
 
 
@@ -243,7 +243,7 @@ def test_rows_are_drawn_uniformly():
     episodes, buffer = Episodes([Line(), Line(limit=3)], seed=1), ReplayBuffer(60, 2, 3, 2, "cpu")
     play_into(buffer, episodes, 200)
     rows = np.flatnonzero(buffer.acted)
-    counts = np.bincount(buffer.draw_rows(100_000, np.random.default_rng(0), buffer.acted), minlength=60)[rows]
+    counts = np.bincount(buffer.draw_rows(100_000, np.random.default_rng(0)), minlength=60)[rows]
     expected = 100_000 / len(rows)
     assert counts.sum() == 100_000
     assert ((counts - expected) ** 2 / expected).sum() < len(rows) + 5 * math.sqrt(2 * len(rows))  # chi-square
@@ -280,7 +280,7 @@ def test_a_saved_buffer_goes_on_where_it_was(size, tmp_path):
     others.load_state_dict(saved["episodes"])
     play(buffer, episodes, 5)
     play(other, others, 5)
-    rows = [b.draw_rows(300, np.random.default_rng(3), b.acted) for b in (buffer, other)]
+    rows = [b.draw_rows(300, np.random.default_rng(3)) for b in (buffer, other)]
     assert np.array_equal(*rows)
     assert np.array_equal(rows_of(buffer.at(rows[0])), rows_of(other.at(rows[1])))
 
@@ -294,7 +294,7 @@ def test_a_saved_buffer_is_as_small_as_what_it_holds(tmp_path):
 
 def test_a_million_steps_of_humanoid_take_less_than_two_gibibytes():
     buffer = ReplayBuffer(1_000_000, 1, 348, 17, "cpu")
-    tensors = [*buffer.columns.values(), torch.from_numpy(buffer.acted), torch.from_numpy(buffer.held_out)]
+    tensors = [*buffer.columns.values(), torch.from_numpy(buffer.acted)]
     assert sum(tensor.nbytes for tensor in tensors) < 1.4 * 2**30
     assert sum(348 in column.shape for column in buffer.columns.values()) == 1  # one copy of each state
 
@@ -303,10 +303,10 @@ def test_the_backtracking_model_never_learns_from_what_is_held_out():
     episodes, buffer = Episodes([Line(), Line()], seed=1), ReplayBuffer(10_000, 2, 3, 2, "cpu")
     play_into(buffer, episodes, 3000)
     actor, critic = networks(state_dim=3, action_dim=2)
-    allowed = buffer.acted & ~buffer.held_out
-    rows = script.high_value_states(buffer, actor, critic, allowed, Args(), np.random.default_rng(0))[2]
-    assert 0.08 < np.mean(buffer.held_out[: 2 * 3000]) < 0.12
-    assert not (rows // 2 // 100 % 10 == 9).any()
+    for held_out in (False, True):
+        rows = script.high_value_states(buffer, actor, critic, held_out, Args(), np.random.default_rng(0))[2]
+        assert ((rows // 2 // 100 % 10 == 9) == held_out).all()
+    assert 0.08 < np.mean(buffer.held_out(np.arange(2 * 3000))) < 0.12
 
 
 # ------------------------------------------------------------------------------------------------------ episodes
@@ -573,10 +573,9 @@ def test_a_trace_ends_where_it_leaves_the_data_and_its_numbers_stay_finite(linea
     with torch.no_grad():
         for weight in wild.state_predictor.parameters():
             weight *= 1.5
-    states, actions, in_trace = script.recall_traces(
-        wild, batch.next_states[:200], 50, Args(), np.random.default_rng(0)
-    )
-    inside = ((states >= batch.states.amin(0)) & (states <= batch.states.amax(0))).all(-1)
+    args, rng = Args(trace_limit=2.0), np.random.default_rng(0)
+    states, actions, in_trace = script.recall_traces(wild, batch.next_states[:200], 50, args, rng)
+    inside = ((states - batch.next_states.mean(0)).abs() <= 2 * batch.next_states.std(0)).all(-1)
     for i in range(200):
         left = int(inside[:, i].long().argmin()) if not inside[:, i].all() else 50
         assert in_trace[:left, i].all() and not in_trace[left:, i].any()
@@ -589,14 +588,17 @@ def test_start_states_are_the_most_valuable_and_never_terminal():
     play_into(buffer, episodes, 500)
     actor, critic = networks(state_dim=3, action_dim=2)
     args, rng = Args(recall_tuples=400, top_fraction=0.25), np.random.default_rng(0)
-    tuples, values, rows = script.high_value_states(buffer, actor, critic, buffer.acted, args, rng)
-    drawn = buffer.at(buffer.draw_rows(400, np.random.default_rng(0), buffer.acted))
+    tuples, values, rows = script.high_value_states(buffer, actor, critic, None, args, rng)
+    drawn = buffer.at(buffer.draw_rows(400, np.random.default_rng(0)))
     value = critic(drawn.next_states, actor(drawn.next_states)[0].tanh()).min(0)[0]
     best = sorted(value[drawn.terminated == 0].tolist(), reverse=True)[:100]
     assert values.tolist() == pytest.approx(best)
     torch.testing.assert_close(script.state_values(actor, critic, tuples.next_states), values)
     assert np.array_equal(rows_of(buffer.at(rows)), rows_of(tuples))
     assert not tuples.terminated.any() and drawn.terminated.any()
+    everything = Args(recall_tuples=400, top_fraction=1.0)
+    tuples, values, _ = script.high_value_states(buffer, actor, critic, None, everything, np.random.default_rng(0))
+    assert len(values) == (drawn.terminated == 0).sum() and not tuples.terminated.any() and values.isfinite().all()
 
 
 def test_imitation_raises_the_log_probability_of_the_traces():
@@ -632,9 +634,11 @@ def test_the_filter_leaves_what_the_critics_prefer_to_the_greedy_action():
 @pytest.mark.parametrize("pairs, trace_filter", [(0, "none"), (0, "advantage"), (5, "advantage")])
 def test_where_nothing_is_left_to_imitate_the_policy_stands_still(pairs, trace_filter):
     actor, critic = networks()
+    optimizer = torch.optim.Adam(actor.parameters())
+    script.imitate(actor, critic, optimizer, randn(4, STATE_DIM), randn(4, ACTION_DIM).tanh(), Args())  # its momentum
     states = randn(pairs, STATE_DIM)
     actions, before = actor(states)[0].tanh().detach(), copies(actor)  # the greedy ones: no advantage
-    script.imitate(actor, critic, sgd(actor.parameters()), states, actions, Args(trace_filter=trace_filter))
+    script.imitate(actor, critic, optimizer, states, actions, Args(trace_filter=trace_filter))
     assert all(torch.equal(*pair) for pair in zip(actor.parameters(), before, strict=True))
 
 
