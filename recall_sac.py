@@ -115,7 +115,7 @@ class Args:
     """longest trace in steps; if not given, 50 for Ant and Humanoid and 20 for all others (Table 2)"""
     recall_every: int = 250
     """soft actor-critic updates per recall phase"""
-    recall_updates: int = 125
+    recall_updates: int = 250
     """imitation updates per recall phase, each with new traces (App. H)"""
     recall_tuples: int = 20_000
     """tuples drawn from the replay buffer for each recall phase (E.2)"""
@@ -135,6 +135,8 @@ class Args:
     """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
     trace_limit: float = 5.0
     """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
+    imitation_limit: float = 5.0
+    """steps of a trace to which the policy gives less than exp(-limit) of the uniform density are not imitated"""
     trace_filter: Literal["none", "advantage"] = "none"
     """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action"""
 
@@ -510,12 +512,14 @@ def split_traces(states, actions, in_trace, num_traces: int) -> list[tuple[torch
 
 def imitate(actor: Actor, critic: Critic, optimizer, states, actions, args: Args) -> dict[str, torch.Tensor]:
     """One step that raises log pi(a | s) on pairs (n, S) and (n, A) of traces (Alg. 1, lines 12 and 13)."""
+    log_probs = actor.log_prob(states, actions)
+    uniform = -actions.shape[-1] * math.log(2)  # log of the uniform density
+    imitated = log_probs > uniform - args.imitation_limit
     if args.trace_filter == "advantage":
-        good = advantages(actor, critic, states, actions) > 0
-        states, actions = states[good], actions[good]
-    if len(states) == 0:
+        imitated &= advantages(actor, critic, states, actions) > 0
+    if not imitated.any():
         return {}
-    loss = -actor.log_prob(states, actions).mean()  # Eq. (3), its mean over the pairs
+    loss = -log_probs[imitated].mean()  # Eq. (3), its mean over the pairs
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

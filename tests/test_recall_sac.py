@@ -619,6 +619,19 @@ def test_imitation_raises_the_log_probability_of_the_traces():
     assert actor.log_prob(states, actions).mean() > before
 
 
+def test_steps_that_the_policy_would_hardly_take_are_not_imitated():
+    """Less than exp(-limit) of the uniform density, which is 1 / 4 in two dimensions."""
+    actor, critic = networks()
+    states, actions = randn(50, STATE_DIM), torch.linspace(-0.999, 0.999, 50).unsqueeze(-1).expand(50, ACTION_DIM)
+    likely = actor.log_prob(states, actions).exp() > math.exp(-0.3) / 4
+    assert 5 < likely.sum() < 45
+    other = copy.deepcopy(actor)
+    script.imitate(actor, critic, sgd(actor.parameters()), states, actions, Args(imitation_limit=0.3))
+    script.imitate(other, critic, sgd(other.parameters()), states[likely], actions[likely], Args(imitation_limit=1e9))
+    for weight, expected in zip(actor.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_filter_leaves_what_the_critics_prefer_to_the_greedy_action():
     actor, critic = networks()
     states, actions = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1).tanh() * 0.9
