@@ -473,7 +473,7 @@ def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, held_o
 
 
 def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Batch, rows: torch.Tensor) -> dict:
-    """One maximum likelihood step on these rows of the most valuable tuples (Alg. 1, lines 8 and 9); returns losses."""
+    """One maximum likelihood step on these rows of the most valuable tuples (Alg. 1, line 9); returns losses."""
     of_actions, of_changes = model.log_prob(tuples.states[rows], tuples.actions[rows], tuples.next_states[rows])
     losses = {"recall/action_nll": -of_actions.mean(), "recall/state_nll": -of_changes.mean()}
     losses["recall/backtracking_loss"] = sum(losses.values())  # Eq. (2)
@@ -985,11 +985,12 @@ def main(args: Args) -> None:
 
                 updates_since_phase, rng = (n + 1) % args.recall_every, rngs["recall"]
                 if updates_since_phase == 0:
-                    # Alg. 1, lines 8 and 9: fit the backtracking model to what led to the most valuable states
+                    # Alg. 1, line 8: what led to the most valuable states
                     tuples, values, _ = high_value_states(buffer, actor, critic, False, args, rng)
                     if len(values) == 0:  # nothing but terminal states
                         continue
                     model.normalise_by(tuples.states, tuples.actions, tuples.next_states)
+                    # Alg. 1, line 9: fit the backtracking model to it
                     if args.recall == "learned":
                         shape = args.backtracking_updates, args.backtracking_batch_size
                         for rows in as_tensor(rng.integers(len(values), size=shape), args.device):
