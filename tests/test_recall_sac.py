@@ -209,7 +209,7 @@ def test_temperature_moves_towards_an_entropy_of_minus_one_for_each_action_dimen
     with torch.no_grad():
         narrow.actor.net[-1].bias[ACTION_DIM:] = -5  # a policy that is nearly deterministic
     narrow.update()
-    assert float(broad.log_temperature) < 0 < float(narrow.log_temperature)
+    assert broad.log_temperature.item() < 0 < narrow.log_temperature.item()
 
 
 def test_a_given_temperature_stays():
