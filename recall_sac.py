@@ -112,14 +112,14 @@ class Args:
     # recall traces
     recall: Literal["none", "random", "learned"] = "learned"
     """none: plain soft actor-critic; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int = 8
+    num_traces: int = 32
     """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for Ant and Humanoid and 20 for all others (Table 2)"""
     recall_every: int = 250
     """soft actor-critic updates per recall phase"""
-    recall_updates: int = 250
-    """imitation updates per recall phase, each with new traces (App. H)"""
+    recall_updates: int = 50
+    """imitation updates per recall phase, each with new traces (App. H: 250, 500 or 1000 for 250 real updates)"""
     recall_tuples: int = 20_000
     """tuples drawn from the replay buffer for each recall phase (E.2)"""
     top_fraction: float = 0.1
@@ -140,8 +140,8 @@ class Args:
     """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
     imitation_limit: float = 5.0
     """steps of a trace to which the policy gives less than exp(-limit) of the uniform density are not imitated"""
-    trace_filter: Literal["none", "advantage"] = "none"
-    """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action"""
+    trace_filter: Literal["none", "advantage"] = "advantage"
+    """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action; none: all"""
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -211,7 +211,7 @@ class Critic(nn.Module):
     def forward(self, states: torch.Tensor, actions: torch.Tensor, frozen: bool = False) -> torch.Tensor:
         x = torch.cat((states, actions), dim=-1)
         for layer in self.layers[:-1]:
-            x = layer(x, frozen).relu()
+            x = layer(x, frozen).relu_()
         return self.layers[-1](x, frozen).squeeze(-1)
 
 
@@ -517,10 +517,10 @@ def imitate(actor: Actor, critic: Critic, optimizer, states, actions, args: Args
     """One step that raises log pi(a | s) on pairs (n, S) and (n, A) of traces (Alg. 1, lines 12 and 13)."""
     log_probs = actor.log_prob(states, actions)
     uniform = -actions.shape[-1] * math.log(2)  # log of the uniform density
-    imitated = log_probs > uniform - args.imitation_limit
+    (imitated,) = torch.nonzero(log_probs > uniform - args.imitation_limit, as_tuple=True)
     if args.trace_filter == "advantage":
-        imitated &= advantages(actor, critic, states, actions) > 0
-    if not imitated.any():
+        imitated = imitated[advantages(actor, critic, states[imitated], actions[imitated]) > 0]
+    if len(imitated) == 0:
         return {}
     loss = -log_probs[imitated].mean()  # Eq. (3), its mean over the pairs
     optimizer.zero_grad()
