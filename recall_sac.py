@@ -351,7 +351,8 @@ class ReplayBuffer:
     def at(self, rows: np.ndarray) -> Batch:
         device = self.columns["states"].device
         rows, next_rows = as_tensor(rows, device), as_tensor(self.later(rows, 1), device)
-        return Batch(*(column[rows] for column in self.columns.values()), self.columns["states"][next_rows])
+        columns = [column.index_select(0, rows) for column in self.columns.values()]
+        return Batch(*columns, self.columns["states"].index_select(0, next_rows))
 
     def state_dict(self) -> dict:
         """Without a copy: a slice made by numpy has a storage of its own size, which is all that torch.save writes."""

@@ -75,7 +75,7 @@ class Args:
     scale: Literal["smoke", "laptop", "paper"] = "laptop"
     """length of the runs; smoke: tiny, to see that all works; laptop: hours on 2 cores; paper: the paper's budget"""
     seeds: int | None = None
-    """seeds of each setting, from 1 on; if not given, 1 for smoke, else 10, with soft actor-critic 5"""
+    """seeds of each setting, from 1 on; if not given, 1 for smoke, else 10, on MuJoCo 5"""
     workers: int = os.cpu_count() or 1
     """runs at a time, each with one torch thread"""
     engine: Literal["local", "slurm"] = "local"
@@ -100,10 +100,17 @@ SOFT_ACTOR_CRITIC = {
     "laptop": "--total-timesteps 60000 --hidden 128 --batch-size 128",
     "paper": "--total-timesteps 1000000",
 }
+# The paper's batch, KL bound and discount are those of Nagabandi et al. (2017).
+TRUST_REGION = {
+    "smoke": "--total-timesteps 12000 --num-steps 128 --recall-every 2 --eval-every 6000 --eval-episodes 1",
+    "laptop": "--total-timesteps 500000",
+    "paper": "--total-timesteps 2000000 --num-envs 16 --num-steps 3125 --max-kl 0.05 --gamma 0.995 --eval-every 50000",
+}
 SCALES = {
     "recall_a2c_fourroom.py": FOUR_ROOMS,
     "per_a2c_fourroom.py": FOUR_ROOMS,
     "recall_sac.py": SOFT_ACTOR_CRITIC,
+    "recall_trpo.py": TRUST_REGION,
 }
 
 NONE = "recall_a2c_fourroom.py --recall none"
@@ -115,6 +122,10 @@ TD_ERROR = "per_a2c_fourroom.py --priority td-error"
 SAC_NONE = "recall_sac.py --recall none"
 SAC_RANDOM = "recall_sac.py --recall random"
 SAC_LEARNED = "recall_sac.py --recall learned"
+TRPO_NONE = "recall_trpo.py --recall none"
+TRPO_RANDOM = "recall_trpo.py --recall random"
+TRPO_FORWARD = "recall_trpo.py --recall forward"
+TRPO_LEARNED = "recall_trpo.py --recall learned"
 
 
 class Panel(NamedTuple):
@@ -168,6 +179,9 @@ SAC_RATIOS = {"soft actor-critic": SAC_NONE} | {
     f"{n} : 5 ({length})": f"{SAC_LEARNED} --recall-updates {50 * n} --trace-length {length}"
     for n, length in ((5, 20), (10, 20), (20, 20), (20, 10))
 }
+TRPO_MODELS = {"TRPO": TRPO_NONE, "untrained model": TRPO_RANDOM, "forward model": TRPO_FORWARD}
+TRPO_MODELS |= {"recall traces": TRPO_LEARNED}
+TRPO_LENGTHS = {"TRPO": TRPO_NONE} | {f"{n} steps": f"{TRPO_LEARNED} --trace-length {n}" for n in (5, 10, 20, 50)}
 
 STEP_SIZES = {"actor-critic": NONE, "recall traces": RECALL}
 STEP_SIZES |= {f"{label}, 2e-3": f"{command} --learning-rate 2e-3" for label, command in STEP_SIZES.items()}
@@ -194,14 +208,19 @@ FIGURES = {
         tuple(rooms(size, METHODS) for size in (11, 15)),
     ),
     "fig5": PaperFigure("section 6.3", "U-maze ant: coverage heat maps", needs="recall_goalgan_ant.py"),
-    "fig6": PaperFigure("section 6.4", "MuJoCo: recall traces with TRPO", needs="recall_trpo.py"),
+    "fig6": PaperFigure(
+        "section 6.4",
+        "MuJoCo: recall traces with TRPO",
+        tasks(TASKS, {"TRPO": TRPO_NONE, "recall traces": TRPO_LEARNED}),
+        seeds=5,
+    ),
     "fig7": PaperFigure(
         "section 6.5",
         "MuJoCo: recall traces with soft actor-critic",
         tasks(TASKS, {"soft actor-critic": SAC_NONE, "recall traces": SAC_LEARNED}),
         seeds=5,
     ),
-    "fig8": PaperFigure("App. B", "MuJoCo: trace lengths with TRPO", needs="recall_trpo.py"),
+    "fig8": PaperFigure("App. B", "MuJoCo: trace lengths with TRPO", tasks(TASKS, TRPO_LENGTHS), seeds=5),
     "fig9": PaperFigure(
         "App. D",
         "Four rooms: all sizes",
@@ -229,7 +248,13 @@ FIGURES = {
         tasks(TASKS, MODELS),
         seeds=5,
     ),
-    "fig16": PaperFigure("App. G", "MuJoCo: forward model", needs="recall_trpo.py"),
+    "fig16": PaperFigure(
+        "App. G",
+        "MuJoCo: forward model and untrained backtracking model, with TRPO",
+        tasks(TASKS, TRPO_MODELS),
+        note="The paper shows Ant and Humanoid.",
+        seeds=5,
+    ),
     "fig17": PaperFigure(
         "App. H",
         "Four rooms: real updates for each recall phase",
@@ -704,9 +729,13 @@ CLAIMS = (
     *in_rooms("fig4", "Recall traces need fewer steps than PER by TD error", (15,), TD_ERROR, RECALL),
     grows("fig4", "The lead of recall traces over PER grows with the maze", 11, 15, PER, RECALL),
     Claim("fig5", "U-maze ant: 63 % coverage after 155 iterations instead of 275 (also fig12)"),
-    Claim("fig6", "TRPO: recall traces learn faster and end higher on all tasks"),
+    *on_tasks("fig6", "TRPO: recall traces learn faster", (TRPO_LEARNED, TRPO_NONE)),
     *on_tasks("fig7", "SAC: recall traces learn faster", (SAC_LEARNED, SAC_NONE)),
-    Claim("fig8", "TRPO: the best length of the traces depends on the task"),
+    *on_tasks(
+        "fig8",
+        "TRPO: long traces are better than short ones, 20 steps against 5",
+        (TRPO_LENGTHS["20 steps"], TRPO_LENGTHS["5 steps"]),
+    ),
     grows("fig9", "The benefit of recall traces grows with the maze", 11, 19, NONE, RECALL),
     *in_rooms("fig10", "Recall traces need fewer steps than PER", (13,), PER, RECALL),
     *in_rooms("fig10", "Recall traces visit more cells than PER", (13,), RECALL, PER, **VISITED),
@@ -716,7 +745,9 @@ CLAIMS = (
     *in_rooms("fig14", "Learned backward actions need fewer steps than random ones", (15,), RANDOM, RECALL),
     *in_rooms("fig14", "Learned backward actions succeed more often in the end", (15,), RECALL, RANDOM, **AT_THE_END),
     *on_tasks("fig15", "SAC: a learned backtracking model is better than a random one", (SAC_LEARNED, SAC_RANDOM)),
-    Claim("fig16", "TRPO: a forward model does not help"),
+    *on_tasks("fig16", "TRPO: a backtracking model is better than a forward model", (TRPO_LEARNED, TRPO_FORWARD)),
+    *on_tasks("fig16", "TRPO: a learned backtracking model is better than a random one", (TRPO_LEARNED, TRPO_RANDOM)),
+    *on_tasks("fig16", "TRPO: a forward model is no better than none", (TRPO_NONE, TRPO_FORWARD)),
     *in_rooms(
         "fig17",
         "Rarer recall, 10 : 1 instead of 1 : 1, needs more steps",

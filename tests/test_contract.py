@@ -108,6 +108,34 @@ SCRIPTS = {
         left_out=frozenset({"top-trajectories"}),
         tags=frozenset({"recall/trace_survival", "recall/trace_advantage", "recall/trace_error_of_first_step"}),
     ),
+    "recall_trpo": Script(
+        steps=2000,
+        arguments={
+            "env_id": "Reacher-v5",
+            "hidden": 16,
+            "num_envs": 4,
+            "num_steps": 25,
+            "cg_iterations": 3,
+            "critic_epochs": 1,
+            "recall_every": 2,
+            "num_traces": 8,
+            "trace_length": 5,
+            "backtracking_updates": 4,
+            "backtracking_batch_size": 32,
+        },
+        refused=(
+            ("env-id", {"env_id": "CartPole-v1"}),
+            ("env-id", {"env_id": "FrozenLake-v1"}),
+            ("no-contact-forces", {"contact_forces": False}),
+            ("max-kl", {"max_kl": 0.0}),
+            ("gae-lambda", {"gae_lambda": 1.5}),
+            ("recall-until", {"recall_until": 1.5}),
+            ("num-traces", {"num_traces": 10**4, "recall_updates": 10**4}),
+            ("trace-length", {"trace_length": 10**6}),
+            ("num-steps", {"num_envs": 1000, "num_steps": 10**5}),
+        ),
+        tags=frozenset({"recall/trace_survival", "recall/imitation_kl", "recall/trace_error_of_first_step"}),
+    ),
 }
 
 BASE_TAGS = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/return"}
@@ -117,12 +145,13 @@ RECALL_TAGS = {  # of each --recall
 }
 RECALL_TAGS["true"] = RECALL_TAGS["random"] | {"recall/backtracking_loss", "recall/action_nll"}
 RECALL_TAGS["learned"] = RECALL_TAGS["true"] | {"recall/state_nll"}
+RECALL_TAGS["forward"] = {"recall/imitation_loss", "recall/start_value", "recall/forward_loss"}
 PACKAGES = {"PIL": "pillow", "torch.utils.tensorboard": "tensorboard"}  # modules that are named unlike their package
 TACIT = {"mujoco": "imageio"}  # gymnasium's MuJoCo environments import it, but gymnasium alone does not bring it
 LIMITS = ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "trace_length")
 LIMITS += ("num_traces", "recall_every", "torch_threads")  # flags that refuse 0
 LIMITS += ("buffer_size", "replay_batch_size", "replay_every", "replay_updates")
-LIMITS += ("hidden", "batch_size", "recall_tuples")
+LIMITS += ("hidden", "batch_size", "recall_tuples", "num_steps", "top_trajectories", "cg_iterations")
 
 
 # ------------------------------------------------------------------------------------------------------ the source
@@ -663,7 +692,8 @@ def test_tags_are_spelt_alike(name, mode, finished):
     run = finished(name, **{SCRIPTS[name].mode: mode})
     curves = logged(run)
     scalars = {tag for tag in curves if not tag.startswith("pictures/")} | {"charts/SPS"}
-    own = RECALL_TAGS.get(mode, set()) | {t for t in SCRIPTS[name].tags if mode != "none" or "recall/" not in t}
+    unlike = {"none": "recall/", "forward": "recall/trace"}.get(mode, "-")  # how tags begin that a mode lacks
+    own = RECALL_TAGS.get(mode, set()) | {tag for tag in SCRIPTS[name].tags if not tag.startswith(unlike)}
     expected = BASE_TAGS | own
     assert expected - SCRIPTS[name].left_out <= scalars
     allowed = expected | {"eval/success_rate", "eval/coverage", "eval/visited_cells"}
