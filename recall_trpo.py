@@ -463,23 +463,32 @@ class TrajectoryBuffer:
 # ------------------------------------------------------------------------------------------------------ TRPO
 
 
-@torch.no_grad()
-def act(actor: Actor, states: np.ndarray, device: str) -> np.ndarray:
-    """The greedy actions (B, A) in states (B, S)."""
-    return actor(as_tensor(states, device))[0].cpu().numpy()
+def greedy_policy(actor: Actor):
+    """The policy's mean as a function of arrays, (B, S) -> (B, A). For few states numpy costs a quarter of torch."""
+    mean, std = (x.cpu().numpy() for x in (actor.normaliser.mean, actor.normaliser.std))
+    weights = [weight.detach().cpu().numpy() for weight in actor.net.parameters()]
+    layers = [*zip(weights[::2], weights[1::2], strict=True)]
+
+    def policy(states: np.ndarray) -> np.ndarray:
+        x = ((states - mean) / std).clip(-10, 10)
+        for weight, bias in layers[:-1]:
+            x = np.tanh(x @ weight.T + bias)
+        return x @ layers[-1][0].T + layers[-1][1]
+
+    return policy
 
 
-def collect_rollout(episodes: Episodes, actor: Actor, num_steps: int, rng, device: str):
+def collect_rollout(episodes: Episodes, actor: Actor, num_steps: int, rng: np.random.Generator):
     """Steps all environments `num_steps` times with the policy; returns the Rollout and what `next_episode` said."""
     num_envs, state_dim = episodes.states.shape
-    std = actor.log_std.detach().exp().cpu().numpy()
+    policy, std = greedy_policy(actor), actor.log_std.detach().exp().cpu().numpy()
     noise, finished = std * rng.standard_normal((num_steps, num_envs, len(std)), dtype=np.float32), []
     states, rewards = np.empty((2, num_steps, num_envs, state_dim), np.float32), np.empty(noise.shape[:2], np.float32)
     terminated, truncated = np.empty((2, num_steps, num_envs), bool)
     rollout = Rollout(states[0], np.empty_like(noise), rewards, terminated, truncated, states[1])
     for t in range(num_steps):
         rollout.states[t] = episodes.states
-        rollout.actions[t] = act(actor, episodes.states, device) + noise[t]
+        rollout.actions[t] = policy(episodes.states) + noise[t]
         for i, action in enumerate(rollout.actions[t].clip(-1, 1)):
             outcome = episodes.step(i, action)
             rollout.next_states[t, i], rewards[t, i], terminated[t, i], truncated[t, i] = outcome
@@ -764,8 +773,9 @@ def play(envs: list[gym.Env], actor: Actor, args: Args) -> tuple[np.ndarray, np.
     """Plays one episode of the greedy policy in each environment; returns returns and lengths (len(envs),)."""
     states = np.stack([env.reset(seed=args.seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
     returns, lengths, going = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
+    policy = greedy_policy(actor)
     while going:
-        actions, still_going = act(actor, states[going], args.device).clip(-1, 1), []
+        actions, still_going = policy(states[going]).clip(-1, 1), []
         for i, action in zip(going, actions, strict=True):
             states[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += reward
@@ -824,16 +834,14 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
     fps = env.metadata["render_fps"]
     every = max(1, round(fps / 25))
     state, _ = env.reset(seed=args.seed)
-    frames, done = [], False
+    frames, done, policy = [], False, greedy_policy(actor)
     for step in range(10 * fps):
         if step % every == 0 or done:
             frames.append(Image.fromarray(env.render()))
             frames[-1].thumbnail((240, 240))
         if done:
             break
-        state, _, terminated, truncated, _ = env.step(
-            act(actor, state[None].astype(np.float32), args.device)[0].clip(-1, 1)
-        )
+        state, _, terminated, truncated, _ = env.step(policy(state[None].astype(np.float32))[0].clip(-1, 1))
         done = terminated or truncated
     env.close()
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 * every / fps, loop=0)
@@ -892,7 +900,7 @@ def check(args: Args) -> None:
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not available here, --device cpu is")
     env = make_env(args)
-    if args.num_envs * args.num_steps * env.observation_space.shape[0] > 10**9:
+    if args.num_envs * args.num_steps * env.observation_space.shape[0] > 10**8:
         fail(f"--num-envs times --num-steps must leave a rollout in memory, got {args.num_envs} times {args.num_steps}")
     if args.capture_video:
         try:
@@ -1134,7 +1142,7 @@ def main(args: Args) -> None:
                 log()
 
             # Alg. 1, line 4: execute the policy
-            rollout, ended = collect_rollout(episodes, actor, args.num_steps, rngs["rollout"], args.device)
+            rollout, ended = collect_rollout(episodes, actor, args.num_steps, rngs["rollout"])
             finished += ended
             # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
             losses |= update_trpo(actor, critic, optimizer, rollout, args, rngs["update"])

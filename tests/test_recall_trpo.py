@@ -87,7 +87,7 @@ def rollouts(count, num_steps=5, limits=(7, 4), seed=0):
     """So many rollouts in lines of these limits, and what `next_episode` said of each."""
     episodes, rng = Episodes([Line(limit) for limit in limits], seed), np.random.default_rng(seed)
     actor, _ = networks()
-    return [script.collect_rollout(episodes, actor, num_steps, rng, "cpu") for _ in range(count)]
+    return [script.collect_rollout(episodes, actor, num_steps, rng) for _ in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -97,6 +97,13 @@ def test_log_prob_against_torch_distributions():
     actor, _ = networks()
     states, actions = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1)
     torch.testing.assert_close(actor.log_prob(states, actions), policy(actor, states).log_prob(actions))
+
+
+def test_the_policy_in_numpy_is_the_policy():
+    actor, _ = networks()
+    states = randn(50, STATE_DIM)
+    expected = policy(actor, states).mean.detach().numpy()
+    np.testing.assert_allclose(script.greedy_policy(actor)(states.numpy()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_normaliser_knows_mean_and_variance_of_all_it_was_given():
