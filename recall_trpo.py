@@ -122,11 +122,11 @@ class Args:
     """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 10 for Hopper, 50 for Ant and Humanoid and 20 for all others (Table 1)"""
-    recall_every: int = 5
-    """iterations per recall phase (App. C)"""
-    recall_updates: int = 1
+    recall_every: int = 2
+    """iterations per recall phase (App. C: 5)"""
+    recall_updates: int = 5
     """imitation updates per recall phase, each with new traces"""
-    recall_until: float = 1.0
+    recall_until: float = 0.1
     """share of the training after which no more traces are imitated"""
     buffer_size: int = 50_000
     """environment steps whose trajectories the buffer holds, the newest"""
@@ -166,7 +166,7 @@ class Normaliser(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
 

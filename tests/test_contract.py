@@ -118,6 +118,7 @@ SCRIPTS = {
             "cg_iterations": 3,
             "critic_epochs": 1,
             "recall_every": 2,
+            "recall_until": 1.0,
             "num_traces": 8,
             "trace_length": 5,
             "backtracking_updates": 4,
