@@ -643,6 +643,8 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
                         i, mean, [[mean - low], [high - mean]], color=colour, fmt="_", ms=22, mew=3, capsize=6
                     )
             axes.set_title(panel.title)
+            if not runs:
+                axes.text(0.5, 0.5, "not run yet", ha="center", transform=axes.transAxes)
             if panel.kind == "curves":
                 axes.set(xlabel="environment steps (thousands)", ylabel=LABELS[panel.tag])
                 if panel.until is not None:
