@@ -7,3 +7,18 @@ register(
     entry_point="envs.four_room:FourRoomEnv",
     vector_entry_point="envs.four_room:FourRoomVectorEnv",
 )
+register(
+    id="AntUMaze-v0",
+    entry_point="envs.u_maze:AntUMazeEnv",
+    vector_entry_point="envs.u_maze:AntUMazeVectorEnv",
+)
+register(
+    id="PointUMaze-v0",
+    entry_point="envs.u_maze:PointUMazeEnv",
+    vector_entry_point="envs.u_maze:PointUMazeVectorEnv",
+)
+register(
+    id="PointMass-v0",
+    entry_point="envs.point_mass:PointMassEnv",
+    vector_entry_point="envs.point_mass:PointMassVectorEnv",
+)

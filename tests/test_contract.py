@@ -137,6 +137,43 @@ SCRIPTS = {
         ),
         tags=frozenset({"recall/trace_survival", "recall/imitation_kl", "recall/trace_error_of_first_step"}),
     ),
+    "recall_goalgan_ant": Script(
+        steps=2000,
+        arguments={
+            "env_id": "PointMass-v0",
+            "hidden": 16,
+            "num_envs": 10,
+            "num_steps": 10,
+            "max_steps": 6,
+            "inner_iterations": 2,
+            "cg_iterations": 3,
+            "critic_epochs": 1,
+            "num_goals": 20,
+            "label_rollouts": 1,
+            "goal_noise": 0.1,
+            "gan_updates": 20,
+            "trace_limit": 1e6,
+            "recall_updates": 1,
+            "num_traces": 8,
+            "trace_length": 5,
+            "backtracking_updates": 4,
+            "backtracking_batch_size": 32,
+        },
+        needs=("envs",),
+        refused=(
+            ("env-id", {"env_id": "HalfCheetah-v5"}),
+            ("contact-forces", {"contact_forces": True}),
+            ("dims", {"dims": 7}),
+            ("max-kl", {"max_kl": 0.0}),
+            ("num-traces", {"num_traces": 10**4, "recall_updates": 10**4}),
+            ("trace-length", {"trace_length": 10**6}),
+            ("num-envs", {"num_envs": 10**5, "num_steps": 10**5}),
+        ),
+        left_out=frozenset({"top-fraction", "top-trajectories"}),
+        tags=frozenset(
+            {"goals/intermediate", "recall/trace_survival", "recall/imitation_kl", "recall/trace_error_of_first_step"}
+        ),
+    ),
 }
 
 BASE_TAGS = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/return"}

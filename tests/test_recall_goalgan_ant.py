@@ -1,0 +1,257 @@
+"""What recall_goalgan_ant.py adds to recall_trpo.py, against closed form, enumeration and plain loops."""
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+
+import envs  # noqa: F401  registers the environments
+import recall_goalgan_ant as script
+import recall_trpo
+from envs.u_maze import PointUMazeVectorEnv
+from recall_goalgan_ant import Actor, Args, BacktrackingModel, GoalGAN, GoalReplay, Normaliser, TrajectoryBuffer
+
+torch.set_num_threads(1)
+LOW, HIGH = np.array([-3.0, -3.0]), np.array([7.0, 5.0])
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_actor(state_dim=6, action_dim=2, seed=0):
+    torch.manual_seed(seed)
+    return Actor(Normaliser(state_dim), state_dim, action_dim, 8)
+
+
+def make_gan(seed=0):
+    torch.manual_seed(seed)
+    return GoalGAN(LOW, HIGH)
+
+
+def rollouts(count, num_steps=30, num_envs=6, goals=((0.1, 0.1), (0.35, 0.0), (4.0, 4.0)), seed=0):
+    points, rng = PointUMazeVectorEnv(num_envs, max_steps=20), np.random.default_rng(seed)
+    return [script.collect_rollout(points, make_actor(), np.array(goals), num_steps, rng) for _ in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------ the same code
+
+
+SAME = ["mlp", "Normaliser", "Actor", "Critic", "greedy_policy", "generalized_advantages", "kl_divergence"]
+SAME += ["fisher_matrix", "conjugate_gradients", "update_actor", "update_critic", "update_trpo"]
+SAME += ["update_backtracking_model", "recall_traces", "trace_errors", "draw_traces"]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_both_scripts_have_is_the_same_code(name):
+    """So the tests of recall_trpo.py hold here too."""
+    codes = []
+    for module in (script, recall_trpo):
+        thing = getattr(module, name)
+        functions = [thing] if not isinstance(thing, type) else [f for f in vars(thing).values() if callable(f)]
+        functions = [getattr(f, "__wrapped__", f) for f in functions]
+        codes.append([(f.__code__.co_code, f.__code__.co_names, str(f.__defaults__)) for f in functions])
+    assert codes[0] == codes[1] != []
+
+
+# ------------------------------------------------------------------------------------------------------ goals
+
+
+def test_losses_of_the_goal_gan_are_those_of_least_squares():
+    gan, noise = make_gan(), randn(20, 4)
+    goals, labels = (
+        torch.from_numpy(np.random.default_rng(0).uniform(LOW, HIGH, (20, 2))).float(),
+        randn(20).sign() / 2 + 0.5,
+    )
+    discriminator_loss, generator_loss = gan.losses(goals, labels, noise)
+    unit = (goals - torch.tensor([2.0, 1.0])) / torch.tensor([5.0, 4.0])
+    real, fake = gan.discriminator(unit)[:, 0], gan.discriminator(2 * torch.tanh(gan.generator(noise)))[:, 0]
+    expected = torch.where(labels == 1, (real - 1) ** 2, (real + 1) ** 2).mean() + ((fake + 1) ** 2).mean()
+    torch.testing.assert_close(discriminator_loss, expected)
+    torch.testing.assert_close(generator_loss, ((fake - 1) ** 2).mean())
+    discriminator_loss.backward()
+    assert all(weight.grad is None for weight in gan.generator.parameters())
+
+
+def test_generated_goals_lie_in_the_box():
+    gan = make_gan()
+    with torch.no_grad():
+        gan.generator[-1].bias[:] = torch.tensor([10.0, -10.0])
+    goals = gan.goals(randn(100, 4), 0.5 * randn(100, 2, seed=1)).numpy()
+    np.testing.assert_allclose(goals, np.broadcast_to([7.0, -3.0], (100, 2)))
+    uniform = script.draw_goals(gan, 2000, Args(goals="uniform"), np.random.default_rng(0))
+    assert (uniform >= LOW).all() and (uniform <= HIGH).all()
+    np.testing.assert_allclose(uniform.mean(0), (LOW + HIGH) / 2, atol=0.3)
+
+
+def test_the_goal_gan_learns_where_good_goals_are():
+    gan, rng = make_gan(), np.random.default_rng(0)
+    optimizers = [torch.optim.RMSprop(n.parameters(), lr=1e-3) for n in (gan.discriminator, gan.generator)]
+    goals = rng.uniform(LOW, HIGH, (1000, 2))
+    good = np.linalg.norm(goals - [4.0, 2.0], axis=1) < 1.5
+    for _ in range(8):
+        script.update_goal_gan(gan, optimizers, goals, good, Args(), rng)
+    made = script.draw_goals(gan, 500, Args(goal_noise=0.0), rng)
+    assert (np.linalg.norm(made - [4.0, 2.0], axis=1) < 2.0).mean() > 0.7  # by chance 0.16
+
+
+def test_goals_that_are_kept_are_no_closer_than_told_and_none_is_missing():
+    replay, candidates = GoalReplay(2, 0.3), np.random.default_rng(0).uniform(0, 3, (500, 2))
+    replay.add(candidates[:200])
+    replay.add(candidates[200:])
+    distances = np.linalg.norm(replay.goals[:, None] - replay.goals, axis=-1) + 9 * np.eye(len(replay.goals))
+    assert distances.min() >= 0.3
+    assert np.linalg.norm(candidates[:, None] - replay.goals, axis=-1).min(1).max() < 0.3
+    sample = replay.sample(20, np.random.default_rng(0))
+    assert len(np.unique(sample, axis=0)) == 20
+    assert len(replay.sample(10**6, np.random.default_rng(0))) == len(replay.goals)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 7, 40])
+def test_every_goal_is_tried_as_often_as_told(num_envs):
+    """Near goals are reached, far ones are not, however many environments share the work."""
+    points = PointUMazeVectorEnv(num_envs, max_steps=5)
+    goals = np.array([[0.1, 0.0], [4.0, 4.0], [0.0, -0.1], [4.0, 2.0], [0.05, 0.05]])
+    results = script.successes(points, make_actor(), goals, 4, np.random.default_rng(0))
+    assert results.tolist() == [[1.0, 0.0, 1.0, 0.0, 1.0]] * 4
+    assert (points.episodes.sum() - num_envs) >= 4 * len(goals)
+
+
+# ------------------------------------------------------------------------------------------------------ experience
+
+
+def test_a_rollout_begins_at_the_start_and_gives_each_episode_one_of_the_goals():
+    for rollout, ended in rollouts(3):
+        done = rollout.terminated | rollout.truncated
+        assert (rollout.states[0, :, :4] == 0).all()
+        follows = ~done[:-1]
+        assert np.array_equal(rollout.states[1:][follows], rollout.next_states[:-1][follows])
+        assert (rollout.states[1:][done[:-1]][:, :4] == 0).all()
+        assert np.array_equal(rollout.states[..., 4:], rollout.next_states[..., 4:])  # the goal of the same episode
+        chosen = {tuple(goal) for goal in rollout.states[..., 4:].reshape(-1, 2).astype(float).round(3).tolist()}
+        assert chosen <= {(0.1, 0.1), (0.35, 0.0), (4.0, 4.0)}
+        distance = np.linalg.norm(rollout.next_states[..., :2] - rollout.next_states[..., 4:], axis=-1)
+        assert np.array_equal(rollout.rewards, (distance < 0.3).astype(np.float32))
+        assert [value for value, _ in ended] == rollout.rewards[done].tolist()
+    assert rollout.truncated.any() and rollout.terminated.any()
+
+
+def test_the_buffer_holds_the_newest_trajectories_that_reached_their_goal(tmp_path):
+    buffer, expected = TrajectoryBuffer(40, 4), []
+    for rollout, _ in rollouts(6):
+        buffer.add(rollout)
+        for i in range(6):
+            rows = []
+            for t in range(30):
+                rows.append(
+                    (rollout.states[t, i, :4], rollout.actions[t, i].clip(-1, 1), rollout.next_states[t, i, :4])
+                )
+                if rollout.terminated[t, i] or rollout.truncated[t, i]:
+                    expected += [rows] if rollout.rewards[t, i] else []
+                    rows = []
+    assert buffer.number == len(expected) > 20
+    kept = expected[-len(buffer.trajectories) :]
+    assert sum(map(len, kept)) <= 40 < sum(map(len, kept)) + len(expected[-len(kept) - 1])
+    for rows, tuples in zip(kept, buffer.trajectories, strict=True):
+        for column, other in zip(zip(*rows, strict=True), tuples, strict=False):
+            assert np.array_equal(np.array(column), other)
+        assert tuples.times.tolist() == [*range(len(rows))]
+    held_out = buffer.held_out()
+    assert held_out == [(buffer.number - len(kept) + i) % 10 == 9 for i in range(len(kept))]
+    learned = script.successful_tuples(buffer, "cpu")
+    assert len(learned.times) == sum(len(rows) for rows, held in zip(kept, held_out, strict=True) if not held)
+    assert script.successful_tuples(TrajectoryBuffer(40, 4), "cpu") is None
+    other = TrajectoryBuffer(40, 4)
+    torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
+    other.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
+    assert other.number == buffer.number
+    for one, two in zip(buffer.trajectories, other.trajectories, strict=True):
+        assert all(np.array_equal(*pair) for pair in zip(one, two, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ recall traces
+
+
+def test_high_value_states_are_points_at_generated_goals_with_the_velocity_of_the_nearest_success():
+    """Alg. 2"""
+    buffer, gan = TrajectoryBuffer(10**6, 4), GoalGAN(np.array([-3.0, -3.0]), np.array([7.0, 7.0]))
+    for rollout, _ in rollouts(3):
+        buffer.add(rollout)
+    args = Args(env_id="PointUMaze-v0")
+    states, goals = script.high_value_states(None, gan, None, buffer, 50, args, np.random.default_rng(0))
+    expected = script.draw_goals(gan, 50, args, np.random.default_rng(0))
+    np.testing.assert_allclose(goals.numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(states[:, :2].numpy(), expected, rtol=1e-6)
+    ends = np.array([tuples.next_states[-1] for tuples in buffer.trajectories])
+    for state in states.numpy():
+        nearest = np.linalg.norm(ends[:, :2] - state[:2], axis=1).argmin()
+        assert np.array_equal(state[2:], ends[nearest, 2:])
+
+
+def test_high_value_states_are_standing_ants_at_generated_goals():
+    ants, gan = gym.make_vec("AntUMaze-v0", 4, vectorization_mode="vector_entry_point"), make_gan()
+    poses = ants.feasible_states(10, np.random.default_rng(0))
+    states, goals = script.high_value_states(ants, gan, poses, None, 20, Args(), np.random.default_rng(0))
+    assert states.shape == (20, 41)
+    torch.testing.assert_close(states[:, ants.places], goals, atol=1e-5, rtol=1e-5)
+    heights = {round(float(z), 4) for z in poses[:, 3]}
+    assert {round(float(z), 4) for z in states[:, 2]} <= heights
+
+
+def test_traces_are_relabelled_with_the_goal_at_their_end():
+    states, actions = torch.arange(24.0).view(3, 8, 1), -torch.arange(24.0).view(3, 8, 1)
+    goals, in_trace = 100 + torch.arange(8.0).view(8, 1), randn(3, 8) > 0
+    parts = script.split_traces(states, goals, actions, in_trace, 2)
+    assert len(parts) == 4
+    for n, (some_states, some_actions) in enumerate(parts):
+        pairs = [(t, i) for t in range(3) for i in (2 * n, 2 * n + 1) if in_trace[t, i]]
+        assert some_states.tolist() == [[float(states[t, i]), 100.0 + i] for t, i in pairs]
+        assert torch.equal(some_actions[:, 0], -some_states[:, 0])
+
+
+@pytest.mark.parametrize("imitation_kl", [0.0, 1e-4, 1e9])
+def test_imitation_raises_the_log_probability_of_the_traces_no_more_than_it_may(imitation_kl):
+    """Eq. (3)"""
+    actor = make_actor()
+    states, actions = randn(50, 6), 0.3 * randn(50, 2, seed=1)
+    expected, before = copy.deepcopy(actor), parameters_to_vector(actor.parameters()).detach().clone()
+    loss = -expected.log_prob(states, actions).mean()
+    gradients = torch.autograd.grad(loss, [*expected.parameters()])
+    sgd = torch.optim.SGD(actor.parameters(), lr=0.05)
+    losses = script.imitate(actor, sgd, [(states, actions)], states, Args(imitation_kl=imitation_kl))
+    assert float(losses["recall/imitation_loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert 0.5 * min(imitation_kl, 1e-6) <= float(losses["recall/imitation_kl"]) <= imitation_kl
+    change = parameters_to_vector(actor.parameters()).detach() - before
+    if imitation_kl:
+        direction = -parameters_to_vector(gradients)
+        assert torch.cosine_similarity(change, direction, dim=0) > 0.999
+        assert actor.log_prob(states, actions).mean() > -loss
+
+
+def test_traces_are_compared_with_what_really_led_to_the_goals():
+    buffer = TrajectoryBuffer(10**6, 4)
+    for rollout, _ in rollouts(30, goals=((0.301, 0.0), (0.0, 0.302))):
+        buffer.add(rollout)
+    tuples, rng = script.successful_tuples(buffer, "cpu"), np.random.default_rng(0)
+    model = BacktrackingModel(4, 2)
+    model.normalise_by(tuples)
+    compared = script.compare_traces(model, buffer, 6, Args(), rng)
+    held_out = [t for t, held in zip(buffer.trajectories, buffer.held_out(), strict=True) if held]
+    assert torch.equal(compared.starts, torch.from_numpy(np.array([t.next_states[-1] for t in held_out])))
+    for i, trajectory in enumerate(held_out):
+        length = min(6, len(trajectory.times))
+        assert compared.known[:, i].tolist() == [step < length for step in range(6)]
+        real = compared.real[:length, i].numpy()
+        assert np.array_equal(real, trajectory.states[::-1][:length])
+
+
+def test_sizes_are_those_of_the_paper():
+    ant, point = (script.with_defaults(Args(env_id=name)) for name in ("AntUMaze-v0", "PointUMaze-v0"))
+    assert (ant.num_envs * ant.num_steps, ant.inner_iterations, ant.trace_length) == (100_000, 5, 50)
+    assert (point.num_envs * point.num_steps, point.inner_iterations, point.trace_length) == (20_000, 5, 20)
+    assert ant.total_timesteps == 40 * 5 * 100_000
+    assert math.isclose(script.make_envs(ant, 1).tolerance, 1.0) and script.make_envs(ant, 1).max_steps == 500

@@ -1,0 +1,242 @@
+"""The U-mazes against MuJoCo's own functions, single environments, and closed form."""
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import envs  # noqa: F401  registers the environments
+from envs import u_maze
+from envs.point_mass import PointMassVectorEnv, feasible_box
+from envs.u_maze import AntUMazeVectorEnv, PointUMazeVectorEnv
+
+ALL = [("AntUMaze-v0", {}), ("AntUMaze-v0", {"contact_forces": True}), ("PointUMaze-v0", {})]
+ALL += [("PointMass-v0", {"dims": dims}) for dims in (2, 4, 6)]
+every_env = pytest.mark.parametrize("env_id, options", ALL)
+PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS
+
+
+@every_env
+def test_passes_gymnasiums_checks_without_a_warning(env_id, options, recwarn):
+    check_env(gym.make(env_id, **options).unwrapped, skip_render_check=True)
+    assert [str(warning.message) for warning in recwarn.list] == []
+
+
+def test_the_maze_has_seven_free_blocks_around_a_wall():
+    assert {tuple(centre) for centre in u_maze.FREE.tolist()} == {
+        (0, 0),
+        (2, 0),
+        (4, 0),
+        (4, 2),
+        (0, 4),
+        (2, 4),
+        (4, 4),
+    }
+    assert len(u_maze.WALLS) == 25 - 7
+    assert u_maze.is_free(u_maze.FREE).all() and not u_maze.is_free(u_maze.WALLS).any()
+    points = np.random.default_rng(0).uniform(-5, 9, (5000, 2))
+    inside = (np.abs(points - 2) < 3).all(
+        -1
+    )  # the inner square, less the wall from the left, x in [-1, 3], y in [1, 3]
+    wall = (points[:, 0] < 3) & (points[:, 1] > 1) & (points[:, 1] < 3)
+    assert np.array_equal(u_maze.is_free(points), inside & ~wall)
+
+
+def test_coverage_is_measured_on_16_goals_a_block_of_which_a_motionless_agent_reaches_12():
+    goals = u_maze.coverage_goals()
+    assert goals.shape == (112, 2) and u_maze.is_free(goals).all()
+    blocks, counts = np.unique(np.floor((goals + 3) / 2), axis=0, return_counts=True)
+    assert len(blocks) == 7 and (counts == 16).all()
+    distances = np.linalg.norm(goals[:, None] - goals, axis=-1) + 9 * np.eye(112)
+    assert distances.min() == pytest.approx(0.5)
+    assert (np.linalg.norm(goals, axis=-1) < 1.0).sum() == 12
+
+
+@every_env
+def test_many_environments_take_the_trajectories_of_single_ones_bit_for_bit(env_id, options):
+    """Resets in the middle and goals that are drawn included."""
+    rng, count, steps = np.random.default_rng(0), 5, 60
+    envs_ = gym.make_vec(env_id, num_envs=count, vectorization_mode="vector_entry_point", max_steps=25, **options)
+    observations, _ = envs_.reset(seed=3)
+    singles = [gym.make(env_id, disable_env_checker=True, max_steps=25, **options) for _ in range(count)]
+    expected = np.stack([env.reset(seed=3 + i)[0] for i, env in enumerate(singles)])
+    assert np.array_equal(observations, expected)
+    ended = 0
+    for _ in range(steps):
+        actions = rng.uniform(-1, 1, envs_.action_space.shape).astype(np.float32)
+        observations, rewards, terminated, truncated, infos = envs_.step(actions)
+        for i, env in enumerate(singles):
+            last, *outcome, info = env.step(actions[i])
+            assert outcome == [rewards[i], terminated[i], truncated[i]]
+            assert info["distance"] == infos["distance"][i]
+            if terminated[i] or truncated[i]:
+                assert np.array_equal(infos["final_obs"][i], last) and infos["_final_obs"][i]
+                last, ended = env.reset()[0], ended + 1
+            assert np.array_equal(observations[i], last)
+    assert ended >= 2 * count
+
+
+def test_the_number_of_threads_changes_nothing():
+    runs = []
+    for threads in (1, 2, 3):
+        ants, rng = AntUMazeVectorEnv(7, num_threads=threads), np.random.default_rng(0)
+        ants.reset(seed=1)
+        for _ in range(50):
+            ants.step(rng.uniform(-1, 1, (7, 8)))
+        runs.append(ants.states)
+    assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[0], runs[2])
+
+
+def test_ants_step_as_mujoco_does_and_are_seen_as_mujoco_sees_them():
+    ants, rng = AntUMazeVectorEnv(3, contact_forces=True), np.random.default_rng(0)
+    ants.reset(seed=1, options={"goals": np.full((3, 2), 4.0)})
+    data = [mujoco.MjData(ants.model) for _ in range(3)]
+    for i in range(3):
+        mujoco.mj_setState(ants.model, data[i], ants.states[i], PHYSICS)
+    assert (ants.model.opt.timestep, ants.model.opt.integrator) == (0.02, mujoco.mjtIntegrator.mjINT_RK4)
+    touched = 0
+    for _ in range(40):
+        actions = rng.uniform(-1, 1, (3, 8))
+        observations, *_ = ants.step(actions)
+        for i, one in enumerate(data):
+            one.ctrl[:], one.qacc_warmstart[:] = actions[i], 0
+            mujoco.mj_step(ants.model, one)
+            assert np.array_equal(ants.states[i], np.concatenate(([one.time], one.qpos, one.qvel)))
+            seen = mujoco.MjData(ants.model)
+            mujoco.mj_setState(ants.model, seen, ants.states[i], PHYSICS)
+            mujoco.mj_forward(ants.model, seen)
+            mujoco.mj_rnePostConstraint(ants.model, seen)
+            parts = one.qpos, one.qvel, seen.xmat[1], seen.subtree_com[1], seen.cfrc_ext[1:].clip(-1, 1).ravel()
+            expected = np.concatenate((*parts, ants.goals[i]))
+            np.testing.assert_allclose(observations[i], expected, rtol=1e-5, atol=1e-6)
+            touched += np.abs(seen.cfrc_ext).max() > 0
+    assert touched > 20
+    np.testing.assert_allclose(ants.position(), observations[:, 38:40], rtol=1e-5)
+
+
+def test_walls_hold_an_ant_back():
+    ants = AntUMazeVectorEnv(1, max_steps=10**6)
+    ants.reset(seed=1, options={"goals": np.array([[4.0, 4.0]])})
+    ants.states[0, 16] = 6.0  # thrown to the right
+    furthest = []
+    for _ in range(100):
+        ants.advance(np.zeros((1, 8)))
+        furthest.append(ants.position()[0])
+    assert np.max(furthest) < 5.0 + 0.3
+
+
+@pytest.mark.parametrize("height, fallen", [(0.29, True), (0.31, False), (0.99, False), (1.01, True), (np.nan, True)])
+def test_an_ant_has_fallen_where_its_torso_is_too_low_or_too_high(height, fallen):
+    ants = AntUMazeVectorEnv(1)
+    ants.reset(seed=1)
+    ants.states[0, 3] = height
+    assert ants.fallen().tolist() == [fallen]
+
+
+@every_env
+def test_the_goal_ends_an_episode_with_a_reward_and_the_time_limit_without(env_id, options):
+    envs_ = gym.make_vec(env_id, num_envs=2, vectorization_mode="vector_entry_point", max_steps=3, **options)
+    goals = np.zeros((2, envs_.goal_dim))
+    goals[1, 0] = 4.0
+    observations, _ = envs_.reset(seed=1, options={"goals": goals})
+    np.testing.assert_allclose(observations[:, -envs_.goal_dim :], goals)
+    for step in range(3):
+        _, rewards, terminated, truncated, infos = envs_.step(np.zeros(envs_.action_space.shape))
+        assert rewards.tolist() == [1.0, 0.0] and terminated.tolist() == [True, False]
+        assert truncated.tolist() == [False, step == 2]
+        assert infos["distance"][0] < 0.1 and infos["distance"][1] == pytest.approx(4.0, abs=0.1)
+
+
+@every_env
+def test_a_new_goal_is_that_of_the_next_episode(env_id, options):
+    envs_ = gym.make_vec(env_id, num_envs=2, vectorization_mode="vector_entry_point", max_steps=2, **options)
+    goals = np.full((2, envs_.goal_dim), 0.9 * 5)
+    envs_.reset(seed=1, options={"goals": goals})
+    envs_.next_goals[1] = 3.0
+    zeros = np.zeros(envs_.action_space.shape)
+    assert np.array_equal(envs_.step(zeros)[0][:, -envs_.goal_dim :], goals.astype(np.float32))
+    goals[1] = 3.0
+    assert np.array_equal(envs_.step(zeros)[0][:, -envs_.goal_dim :], goals.astype(np.float32))
+
+
+@every_env
+def test_goes_on_from_a_saved_state_bit_for_bit(env_id, options):
+    one, other = (
+        gym.make_vec(env_id, num_envs=3, vectorization_mode="vector_entry_point", max_steps=9, **options)
+        for _ in range(2)
+    )
+    rng, shape = np.random.default_rng(0), one.action_space.shape
+    one.reset(seed=1)
+    for _ in range(13):
+        one.step(rng.uniform(-1, 1, shape))
+    other.set_state(one.get_state())
+    for _ in range(20):
+        actions = rng.uniform(-1, 1, shape)
+        for a, b in zip(one.step(actions)[:4], other.step(actions)[:4], strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_goals_that_are_drawn_can_be_reached_and_depend_on_seed_and_episode():
+    for envs_ in (PointUMazeVectorEnv(50, max_steps=1), PointMassVectorEnv(50, dims=3, max_steps=1)):
+        envs_.reset(seed=1)
+        goals = [envs_.goals.copy()]
+        for _ in range(5):
+            envs_.step(np.zeros(envs_.action_space.shape))
+            goals.append(envs_.goals.copy())
+        goals = np.concatenate(goals)
+        inside = u_maze.is_free(goals) if envs_.goal_dim == 2 else (np.abs(goals) <= feasible_box(3)).all(-1)
+        assert inside.all()
+        assert len(np.unique(goals, axis=0)) == len(goals)
+
+
+def test_points_move_as_under_a_constant_acceleration_and_stop_at_walls():
+    points = PointUMazeVectorEnv(1, max_steps=10**6)
+    points.reset(seed=1, options={"goals": np.array([[4.0, 4.0]])})
+    for n in range(1, 31):
+        points.step(np.array([[1.0, 0.0]]))
+        time = 0.02 * n
+        np.testing.assert_allclose(points.states[0], [time**2, 0, 2 * time, 0], atol=1e-12)  # a t^2 / 2, a t
+    points.states[0] = [4.99, 0.0, 3.0, 0.5]
+    points.step(np.zeros((1, 2)))
+    np.testing.assert_allclose(points.states[0], [4.99, 0.0, 3.0, 0.5])  # the position stays, the velocity too
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        points.step(rng.uniform(-1, 1, (1, 2)))
+        assert u_maze.is_free(points.position()).all()
+
+
+@pytest.mark.parametrize("dims", [2, 3, 6])
+def test_point_masses_stay_in_their_box_and_keep_to_their_speed(dims):
+    points, rng = PointMassVectorEnv(20, dims, max_steps=10**6), np.random.default_rng(0)
+    points.reset(seed=1, options={"goals": np.full((20, dims), 5.0)})
+    for _ in range(500):
+        actions = rng.uniform(-1, 1, (20, dims)) + 0.8
+        points.step(actions)
+    position, velocity = np.split(points.states, 2, axis=1)
+    assert (np.abs(position) <= feasible_box(dims)).all() and np.abs(velocity).max() <= 5
+    assert points.tolerance == pytest.approx(0.3 * np.sqrt(dims / 2))
+    with pytest.raises(ValueError, match="dims"):
+        PointMassVectorEnv(1, dims=7)
+
+
+def test_feasible_states_are_ants_that_stand_and_can_be_put_anywhere():
+    ants = AntUMazeVectorEnv(20)
+    ants.reset(seed=1)
+    before = ants.states.copy()
+    poses = ants.feasible_states(30, np.random.default_rng(0))
+    assert np.array_equal(ants.states, before)
+    assert poses.shape == (30, 30) and ((poses[:, 3] >= 0.3) & (poses[:, 3] <= 1.0)).all()
+    assert len(np.unique(poses[:, 8:16].round(3), axis=0)) == 30
+    goals = np.random.default_rng(1).uniform(-1, 5, (30, 2))
+    seen = ants.decode(goals, poses)
+    np.testing.assert_allclose(seen[:, 38:40], goals, atol=1e-6)
+    np.testing.assert_allclose(seen[:, 2:29], poses[:, 3:30])
+
+
+def test_coverage_is_drawn_red_where_the_agent_succeeds():
+    figure = u_maze.draw_coverage(np.linspace(0, 1, 112), "coverage")
+    colours = figure.axes[0].collections[0]
+    colours.update_scalarmappable()
+    low, high = colours.get_facecolor()[[0, -1]]
+    assert low[2] > low[0] and high[0] > high[2]
