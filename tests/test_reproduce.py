@@ -225,7 +225,7 @@ def test_no_two_settings_of_a_panel_have_the_same_colour():
     for name in MAKEABLE:
         data = {command: curves(success) for panel in FIGURES[name].panels for command in panel.runs.values()}
         for setting in data.values():
-            setting.values["eval/visited_cells"] = success
+            setting.values["eval/visited_cells"] = setting.values["eval/coverage"] = success
         figure = FIGURES[name]._replace(panels=tuple(p for p in FIGURES[name].panels if p.kind != "pictures"))
         for axes in reproduce.draw_figure(figure, data, {}).axes:
             colours = [line.get_color() for line in axes.lines if line.get_linewidth() > 2]
