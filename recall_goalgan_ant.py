@@ -414,7 +414,7 @@ class TrajectoryBuffer:
 
 
 def greedy_policy(actor: Actor):
-    """The policy's mean as a function of arrays, (B, S) -> (B, A). For few states numpy costs a quarter of torch."""
+    """The policy's mean as a function of arrays, (B, S) -> (B, A). For few states numpy is faster than torch."""
     mean, std = (x.cpu().numpy() for x in (actor.normaliser.mean, actor.normaliser.std))
     weights = [weight.detach().cpu().numpy() for weight in actor.net.parameters()]
     layers = [*zip(weights[::2], weights[1::2], strict=True)]

@@ -233,9 +233,10 @@ class BacktrackingModel(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
 
-    def normalise_by(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> None:
+    def normalise_by(self, tuples: "Batch") -> None:
         """Takes the statistics of these tuples."""
-        for name, values in (("state", next_states), ("action", actions), ("change", states - next_states)):
+        changes = tuples.states - tuples.next_states
+        for name, values in (("state", tuples.next_states), ("action", tuples.actions), ("change", changes)):
             std = values.std(0)
             getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1))  # 1 for what never changes
@@ -993,7 +994,7 @@ def main(args: Args) -> None:
                     tuples, values, _ = high_value_states(buffer, actor, critic, False, args, rng)
                     if len(values) == 0:  # nothing but terminal states
                         continue
-                    model.normalise_by(tuples.states, tuples.actions, tuples.next_states)
+                    model.normalise_by(tuples)
                     # Alg. 1, line 9: fit the backtracking model to it
                     if args.recall == "learned":
                         shape = args.backtracking_updates, args.backtracking_batch_size

@@ -1,7 +1,7 @@
 """U-mazes with an ant and with a point mass, and goals anywhere in them (Held et al., 2018; Recall Traces, 6.3).
 
     #####   Five by five blocks of 2 m. The agent starts at S, (0, 0), and has to come near a goal, which may lie in any
-    #S..#   of the seven free blocks; x points right and y down the page. One who gets within `tolerance` of the goal
+    #S..#   of the seven free blocks; x points right, y down. One who gets within `tolerance` of the goal
     ###.#   has a reward of 1, and the episode ends; every other step has a reward of 0.
     #...#
     #####   Observations end with the goal. `GoalVectorEnv` steps many environments as arrays, `GoalEnv` is one of them
@@ -311,7 +311,7 @@ class AntUMazeVectorEnv(GoalVectorEnv):
         the ant has not fallen and would not fall within as many steps without any action (facts of Florensa et al.,
         2017). Their positions are near the start; `move_states` takes them elsewhere."""
         found = []
-        before = self.get_state() if hasattr(self, "states") else None
+        before = getattr(self, "states", None)
         while sum(map(len, found)) < count:
             self.states = np.repeat(self.first_states(), self.num_envs, axis=0)
             alive, actions = np.ones(self.num_envs, dtype=bool), np.zeros((self.num_envs, 8))
@@ -322,16 +322,15 @@ class AntUMazeVectorEnv(GoalVectorEnv):
                 self.advance(actions)
                 alive &= ~self.fallen()
             found.append(kept[alive])
-        if before is not None:
-            self.set_state(before)
+        self.states = before
         return np.concatenate(found)[:count]
 
     def decode(self, goals: np.ndarray, poses: np.ndarray) -> np.ndarray:
         """D: g -> s, observations (n, S) of ants in poses (n, 30) with their centres of mass at the goals (n, 2)."""
-        other = object.__new__(type(self))  # shares the model, has states of its own
-        other.__dict__ = self.__dict__ | {"states": poses.copy()}
-        other.states[:, 1:3] += goals - other.position()
-        return other.observe()
+        before, self.states = getattr(self, "states", None), poses.copy()
+        self.states[:, 1:3] += goals - self.position()
+        seen, self.states = self.observe(), before
+        return seen
 
     def image(self, width: int = 240, height: int = 240) -> np.ndarray:
         """The first maze from above, (height, width, 3) uint8."""

@@ -438,7 +438,7 @@ def test_plays_whole_episodes_of_the_greedy_policy():
 def fitted(states, actions, next_states, seed=0):
     torch.manual_seed(seed)
     model = BacktrackingModel(states.shape[1], actions.shape[1])
-    model.normalise_by(states, actions, next_states)
+    model.normalise_by(Batch(states, actions, None, None, next_states))
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.distributions import Independent, Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 import recall_trpo as script
 from recall_trpo import (
@@ -266,14 +266,12 @@ def test_an_iteration_bootstraps_from_the_last_state_of_a_truncated_episode():
     assert rollout.truncated.any()
     with torch.no_grad():
         next_values = critic(torch.from_numpy(rollout.next_states)).numpy()
-        values = critic(torch.from_numpy(rollout.states)).numpy()
     seen, args = [], Args(critic_epochs=1, gamma=0.9, gae_lambda=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "update_critic", lambda *a: seen.append(a[3]) or {})
         script.update_trpo(actor, critic, None, rollout, args, None)
     expected = rollout.rewards + 0.9 * next_values * ~rollout.terminated  # with lambda = 0
     np.testing.assert_allclose(seen[0].numpy(), expected.ravel(), rtol=1e-4, atol=1e-4)
-    assert np.isfinite(values).all()
 
 
 def test_the_critic_learns_the_returns():
@@ -592,7 +590,6 @@ def test_where_no_step_is_left_the_policy_stands_still():
     losses = script.imitate(actor, sgd(actor.parameters()), pairs, randn(9, STATE_DIM), Args())
     assert torch.equal(parameters_to_vector(actor.parameters()), before)
     assert "recall/imitation_loss" not in losses
-    vector_to_parameters(before, actor.parameters())
 
 
 def test_traces_are_compared_with_what_really_led_to_their_high_value_states():
