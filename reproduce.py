@@ -151,8 +151,7 @@ class Panel(NamedTuple):
 class PaperFigure(NamedTuple):
     place: str  # in the paper, or ours
     title: str
-    panels: tuple[Panel, ...] = ()
-    needs: str = ""  # the script that is still to come
+    panels: tuple[Panel, ...]
     note: str = ""  # how to read it
     seeds: int = 10  # of each setting, if --seeds does not say
 
@@ -896,8 +895,7 @@ def write_verdicts(results_dir: Path) -> None:
     for claim in CLAIMS:
         ours, seeds, verdict = judge(claim, data.get(claim.figure, {}))
         link = f"[{claim.figure}](#{claim.figure})" if claim.figure in data else claim.figure
-        needs = FIGURES[claim.figure].needs
-        command = f"needs `{needs}`" if needs else f"`python reproduce.py {claim.figure}`"
+        command = f"`python reproduce.py {claim.figure}`"
         lines.append(f"| {link} | {claim.text} | {ours} | {seeds} | **{verdict}** | {command} |")
     for name in data:
         figure, made = FIGURES[name], json.loads((results_dir / name / "origin.json").read_text())
@@ -924,10 +922,6 @@ def check(args: Args) -> None:
     for name in args.figures:
         if name not in FIGURES:
             fail(f"figures must be among {', '.join(FIGURES)}, got {name}")
-        if not FIGURES[name].panels:
-            fail(
-                f"{name} needs {FIGURES[name].needs}, which is still to come; --list shows the figures that can be made"
-            )
     for flag, value in (("seeds", args.seeds), ("workers", args.workers)):
         if value is not None and value < 1:
             fail(f"--{flag} must be at least 1, got {value}")
@@ -973,12 +967,12 @@ def make_figure(name: str, args: Args) -> bool:
 def main(args: Args) -> None:
     if args.list:
         for name, figure in FIGURES.items():
-            print(f"{name:6} {figure.place:11} {figure.title}" + (f" (needs {figure.needs})" if figure.needs else ""))
+            print(f"{name:6} {figure.place:11} {figure.title}")
         return
     smoke = args.scale == "smoke"
     args.results_dir = args.results_dir or Path("results/smoke" if smoke else "results")
     check(args)
-    names = args.figures or [name for name, figure in FIGURES.items() if figure.panels]
+    names = args.figures or [*FIGURES]
     runs = [*dict.fromkeys(run for name in names for runs in figure_runs(name, args).values() for run in runs)]
     if args.dry_run:
         for left in filter(None, map(what_is_left, runs)):
