@@ -82,7 +82,7 @@ class Args:
     env_id: str = "AntUMaze-v0"
     """AntUMaze-v0, PointUMaze-v0 or PointMass-v0"""
     num_envs: int | None = None
-    """environments stepped side by side; if not given, 200 for the ant and 100 for the others"""
+    """environments stepped side by side; if not given, 200 ants, 50 points in the maze, 100 in PointMass-v0"""
     env_threads: int = os.cpu_count() or 1
     """native threads that step the ant"""
     contact_forces: bool = False
@@ -90,15 +90,17 @@ class Args:
     dims: int = 2
     """dimensions of PointMass-v0"""
     max_steps: int | None = None
-    """steps of an episode at most; if not given, 500 for the ant (400 in evaluations) and 200 for the others"""
+    """steps of an episode at most; if not given, 500 for the ant (400 in evaluations), 400 and 200 for the others"""
 
     # trust region policy optimization
     num_steps: int | None = None
-    """steps of each environment per inner iteration; if not given, 500 for the ant and 200 for the others (A.2)"""
+    """steps of each environment per inner iteration; those of an episode if not given"""
     inner_iterations: int = 5
     """iterations of trust region policy optimization per outer iteration, for each set of goals"""
     hidden: int = 64
     """units in each of the two hidden layers of actor and critic"""
+    learn_std: bool | None = None
+    """whether the policy's standard deviation is learned; if not given, only in PointUMaze-v0 it is not but 1"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.98
@@ -413,19 +415,10 @@ class TrajectoryBuffer:
 # ------------------------------------------------------------------------------------------------------ TRPO
 
 
-def greedy_policy(actor: Actor):
-    """The policy's mean as a function of arrays, (B, S) -> (B, A). For few states numpy is faster than torch."""
-    mean, std = (x.cpu().numpy() for x in (actor.normaliser.mean, actor.normaliser.std))
-    weights = [weight.detach().cpu().numpy() for weight in actor.net.parameters()]
-    layers = [*zip(weights[::2], weights[1::2], strict=True)]
-
-    def policy(states: np.ndarray) -> np.ndarray:
-        x = ((states - mean) / std).clip(-10, 10)
-        for weight, bias in layers[:-1]:
-            x = np.tanh(x @ weight.T + bias)
-        return x @ layers[-1][0].T + layers[-1][1]
-
-    return policy
+@torch.no_grad()
+def greedy_actions(actor: Actor, states: np.ndarray) -> np.ndarray:
+    """The policy's means (B, A) in states (B, S)."""
+    return actor(as_tensor(states, actor.log_std.device))[0].cpu().numpy()
 
 
 def collect_rollout(envs: GoalVectorEnv, actor: Actor, goals: np.ndarray, num_steps: int, rng):
@@ -433,15 +426,15 @@ def collect_rollout(envs: GoalVectorEnv, actor: Actor, goals: np.ndarray, num_st
 
     Returns the Rollout and (return, length) of the episodes that ended.
     """
-    policy, std = greedy_policy(actor), actor.log_std.detach().exp().cpu().numpy()
-    noise, ended = std * rng.standard_normal((num_steps, envs.num_envs, len(std)), dtype=np.float32), []
+    std, ended = actor.log_std.detach().exp().cpu().numpy(), []
+    noise = std * rng.standard_normal((num_steps, envs.num_envs, len(std)), dtype=np.float32)
     chosen = rng.integers(len(goals), size=(num_steps + 1, envs.num_envs))  # of an episode that begins at each step
     states, _ = envs.reset(seed=0, options={"goals": goals[chosen[-1]]})
     shape = num_steps, envs.num_envs
     columns = np.empty((*shape, states.shape[1]), np.float32), np.empty_like(noise), np.empty(shape, np.float32)
     rollout = Rollout(*columns, np.empty(shape, bool), np.empty(shape, bool), np.empty_like(columns[0]))
     for t in range(num_steps):
-        rollout.states[t], rollout.actions[t] = states, policy(states) + noise[t]
+        rollout.states[t], rollout.actions[t] = states, greedy_actions(actor, states) + noise[t]
         envs.next_goals[:], lengths = goals[chosen[t]], envs.steps + 1
         states, rollout.rewards[t], rollout.terminated[t], rollout.truncated[t], infos = envs.step(rollout.actions[t])
         rollout.next_states[t] = infos.get("final_obs", states)
@@ -452,7 +445,7 @@ def collect_rollout(envs: GoalVectorEnv, actor: Actor, goals: np.ndarray, num_st
 
 def successes(envs: GoalVectorEnv, actor: Actor, goals: np.ndarray, episodes: int, rng) -> np.ndarray:
     """Whether the policy reaches goals (n, G), each tried in so many episodes, (episodes, n)."""
-    policy, std = greedy_policy(actor), actor.log_std.detach().exp().cpu().numpy()
+    std = actor.log_std.detach().exp().cpu().numpy()
     goals = np.tile(goals, (episodes, 1))  # one job each; an environment that is ready takes the next
     results, left, taken = np.zeros(len(goals) + 1), len(goals), 2 * envs.num_envs
     job, next_job = np.arange(taken).clip(max=len(goals)).reshape(2, -1)  # the last number is no job
@@ -461,7 +454,7 @@ def successes(envs: GoalVectorEnv, actor: Actor, goals: np.ndarray, episodes: in
     while left:
         envs.next_goals[:] = goals[next_job]
         noise = std * rng.standard_normal((envs.num_envs, len(std)), dtype=np.float32)
-        states, rewards, terminated, truncated, _ = envs.step(policy(states) + noise)
+        states, rewards, terminated, truncated, _ = envs.step(greedy_actions(actor, states) + noise)
         for i in np.flatnonzero(terminated | truncated):
             results[job[i]] = rewards[i]
             left -= int(job[i] < len(goals) - 1)
@@ -588,16 +581,19 @@ def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args:
 
 
 class GoalReplay:
-    """Goals that were once of intermediate difficulty, no two of them closer than `distance`."""
+    """Goals of once intermediate difficulty and places where the agent was, no two closer than `distance`."""
 
     def __init__(self, goal_dim: int, distance: float):
         self.goals, self.distance = np.zeros((0, goal_dim)), distance
 
     def add(self, goals: np.ndarray) -> None:
         """Adds those of the goals (n, G), in their order, that are far enough from all others."""
-        for goal in goals:
-            if len(self.goals) == 0 or ((self.goals - goal) ** 2).sum(-1).min() >= self.distance**2:
-                self.goals = np.concatenate((self.goals, goal[None]))
+        for goal in self.goals:
+            goals = goals[((goals - goal) ** 2).sum(-1) >= self.distance**2]
+        while len(goals):
+            goal, goals = goals[0], goals[1:]
+            self.goals = np.concatenate((self.goals, goal[None]))
+            goals = goals[((goals - goal) ** 2).sum(-1) >= self.distance**2]
 
     def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """At most so many of them, each at most once."""
@@ -781,9 +777,9 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
     envs = make_envs(args, 1)
     goal = FREE[4] if args.env_id != "PointMass-v0" else evaluation_goals(envs, args)[0]
     states, _ = envs.reset(seed=args.seed, options={"goals": goal[None]})
-    frames, policy = [Image.fromarray(envs.image())], greedy_policy(actor)
+    frames = [Image.fromarray(envs.image())]
     for step in range(envs.max_steps):
-        states, _, terminated, truncated, _ = envs.step(policy(states))
+        states, _, terminated, truncated, _ = envs.step(greedy_actions(actor, states))
         if terminated[0] or truncated[0]:
             break
         if step % 2:
@@ -835,6 +831,7 @@ def fail(message: str) -> None:
 
 
 MAX_STEPS = {"AntUMaze-v0": 500, "PointUMaze-v0": 200, "PointMass-v0": 200}
+NUM_ENVS = {"AntUMaze-v0": 200, "PointUMaze-v0": 100, "PointMass-v0": 100}
 
 
 def make_envs(args: Args, num_envs: int, evaluation: bool = False) -> GoalVectorEnv:
@@ -850,13 +847,14 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False) -> GoalVector
 def with_defaults(args: Args) -> Args:
     """Fills in what depends on the environment (Held et al., 2018; App. A)."""
     ant = args.env_id == "AntUMaze-v0"
-    num_envs, num_steps = args.num_envs or (200 if ant else 100), args.num_steps or (500 if ant else 200)
+    num_envs, num_steps = args.num_envs or NUM_ENVS[args.env_id], args.num_steps or MAX_STEPS[args.env_id]
     batch = num_envs * num_steps
     return replace(
         args,
         num_envs=num_envs,
         num_steps=num_steps,
         trace_length=args.trace_length or (50 if ant else 20),
+        learn_std=args.env_id != "PointUMaze-v0" if args.learn_std is None else args.learn_std,
         total_timesteps=args.total_timesteps or 40 * args.inner_iterations * batch,
         eval_every=args.eval_every or args.inner_iterations * batch,
         checkpoint_every=args.checkpoint_every or batch,
@@ -1013,6 +1011,8 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     normaliser = Normaliser(state_dim)
     actor = Actor(normaliser, state_dim, action_dim, args.hidden).to(args.device)  # Alg. 1, line 1
+    if not args.learn_std:
+        actor.log_std.register_hook(torch.zeros_like)  # its gradient is always 0
     critic = Critic(normaliser, state_dim, args.hidden).to(args.device)
     optimizer = torch.optim.Adam(critic.net.parameters(), lr=args.critic_lr, fused=True)
     gan = GoalGAN(envs.goal_space.low, envs.goal_space.high).to(args.device)
@@ -1155,7 +1155,8 @@ def main(args: Args) -> None:
                 labels = (rates > args.least_success) & (rates < args.most_success)
                 losses |= update_goal_gan(gan, gan_optimizers, goals, labels, args, rngs["goals"])
                 losses["goals/intermediate"] = torch.tensor(labels.mean())
-                replay.add(goals[labels])
+                visited = rollout.next_states[..., places].reshape(-1, envs.goal_dim)
+                replay.add(np.concatenate((goals[labels], rngs["goals"].permutation(visited)[:10_000])))
 
             if args.recall == "none" or step // outer_batch % args.recall_every:
                 continue

@@ -102,7 +102,7 @@ SOFT_ACTOR_CRITIC = {
 }
 # The paper's batch, KL bound and discount are those of Nagabandi et al. (2017).
 TRUST_REGION = {
-    "smoke": "--total-timesteps 12000 --num-steps 128 --recall-every 2 --eval-every 6000 --eval-episodes 1",
+    "smoke": "--total-timesteps 4096 --num-envs 2 --num-steps 512 --recall-until 1 --eval-every 2048 --eval-episodes 1",
     "laptop": "--total-timesteps 500000 --eval-every 25000 --eval-episodes 5",
     "paper": "--total-timesteps 2000000 --num-envs 16 --num-steps 3125 --max-kl 0.05 --gamma 0.995 --eval-every 50000",
 }

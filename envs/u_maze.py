@@ -8,7 +8,7 @@
             for `gym.make`. `coverage_goals` is the grid on which coverage is measured, `draw_coverage` draws it.
 
 `AntUMaze-v0`: Gymnasium's ant in a maze whose walls and time step are set here, stepped by MuJoCo in native threads.
-`PointUMaze-v0`: a point with velocity and acceleration, which stops at no wall but cannot enter it.
+`PointUMaze-v0`: a point with velocity and acceleration, which slides along walls.
 """
 
 import os
@@ -27,6 +27,7 @@ LAYOUT = ("#####", "#S..#", "###.#", "#...#", "#####")
 BLOCK = 2.0  # metres
 LOW, HIGH = np.array([-3.0, -3.0]), np.array([7.0, 7.0])  # the outer square
 _BLOCKS = np.array([[symbol != "#" for symbol in row] for row in LAYOUT])  # [row, column], True where free
+_PADDED = np.pad(_BLOCKS, 1)
 _CENTRES = BLOCK * (np.indices(_BLOCKS.shape)[::-1].T - 1.0).transpose(1, 0, 2)  # [row, column] -> (x, y)
 FREE, WALLS = _CENTRES[_BLOCKS], _CENTRES[~_BLOCKS]  # centres of the 7 free blocks and of the 18 walls, (n, 2)
 
@@ -34,7 +35,7 @@ FREE, WALLS = _CENTRES[_BLOCKS], _CENTRES[~_BLOCKS]  # centres of the 7 free blo
 def is_free(positions: np.ndarray) -> np.ndarray:
     """Which positions (..., 2) lie in a free block of the maze, (...)."""
     columns, rows = np.floor((np.moveaxis(positions, -1, 0) - LOW[0]) / BLOCK).clip(-1, 5).astype(int)
-    return np.pad(_BLOCKS, 1)[rows + 1, columns + 1]
+    return _PADDED[rows + 1, columns + 1]
 
 
 def coverage_goals() -> np.ndarray:
@@ -358,12 +359,14 @@ class AntUMazeEnv(GoalEnv):
 
 
 class PointUMazeVectorEnv(GoalVectorEnv):
-    """Points of unit mass in U-mazes, which have to come within 0.3 m of the goal.
+    """Points in U-mazes, which have to come within 0.3 m of the goal.
 
-    Observation (6): position (2), velocity (2), goal (2). Actions are accelerations of up to 2 m/s^2 in each direction,
-    held for 0.02 s; nothing slows a point down. A step that would end in a wall leaves the position as it was, and the
-    velocity as it would be. `max_steps` steps truncate the episode.
+    Observation (6): position (2), velocity (2), goal (2). Actions are forces of up to 2 N in each direction, held for
+    0.02 s, on a mass of 0.42 kg, a sphere of 0.1 m with rllab's density of 100 kg/m^3; nothing slows a point down but
+    walls, along which it slides. `max_steps` steps truncate the episode.
     """
+
+    ACCELERATION = 2 / (100 * 4 / 3 * np.pi * 0.1**3)  # the largest, 4.8 m/s^2
 
     def __init__(self, num_envs: int = 1, max_steps: int = 200, tolerance: float = 0.3):
         super().__init__(num_envs, (4, 2, 2), (LOW, HIGH), max_steps, tolerance)
@@ -372,11 +375,15 @@ class PointUMazeVectorEnv(GoalVectorEnv):
         return np.zeros((1, 4))
 
     def advance(self, actions: np.ndarray) -> None:
-        acceleration, dt = 2.0 * actions, 0.02
-        position, velocity = self.states[:, :2], self.states[:, 2:]
-        moved = position + dt * velocity + 0.5 * dt**2 * acceleration  # what RK4 gives, exactly
-        position = np.where(is_free(moved)[:, None], moved, position)
-        self.states = np.concatenate((position, velocity + dt * acceleration), axis=1)
+        change, dt = self.ACCELERATION * 0.02 * actions, 0.02
+        position, velocity = self.states[:, :2].copy(), self.states[:, 2:] + change
+        moved = position + dt * (velocity - 0.5 * change)  # what RK4 gives, exactly
+        for axis in range(2):  # one after the other, so that a point slides along a wall
+            before = position[:, axis].copy()
+            position[:, axis] = moved[:, axis]
+            blocked = ~is_free(position)
+            position[blocked, axis], velocity[blocked, axis] = before[blocked], 0
+        self.states = np.concatenate((position, velocity), axis=1)
 
     def observe(self) -> np.ndarray:
         return self.states

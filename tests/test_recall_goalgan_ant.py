@@ -41,7 +41,7 @@ def rollouts(count, num_steps=30, num_envs=6, goals=((0.1, 0.1), (0.35, 0.0), (4
 # ------------------------------------------------------------------------------------------------------ the same code
 
 
-SAME = ["mlp", "Normaliser", "Actor", "Critic", "greedy_policy", "generalized_advantages", "kl_divergence"]
+SAME = ["mlp", "Normaliser", "Actor", "Critic", "generalized_advantages", "kl_divergence"]
 SAME += ["fisher_matrix", "conjugate_gradients", "update_actor", "update_critic", "update_trpo"]
 SAME += ["update_backtracking_model", "recall_traces", "trace_errors", "draw_traces"]
 
@@ -255,3 +255,13 @@ def test_sizes_are_those_of_the_paper():
     assert (point.num_envs * point.num_steps, point.inner_iterations, point.trace_length) == (20_000, 5, 20)
     assert ant.total_timesteps == 40 * 5 * 100_000
     assert math.isclose(script.make_envs(ant, 1).tolerance, 1.0) and script.make_envs(ant, 1).max_steps == 500
+
+
+@pytest.mark.parametrize("learn_std", [False, True])
+def test_the_standard_deviation_is_learned_only_where_told(learn_std, tmp_path):
+    sizes = {"num_envs": 10, "num_steps": 40, "max_steps": 20, "inner_iterations": 1, "total_timesteps": 1200}
+    sizes |= {"num_goals": 20, "label_rollouts": 1, "gan_updates": 10, "eval_episodes": 1, "trace_limit": 1e6}
+    script.main(Args(env_id="PointUMaze-v0", run_dir=tmp_path / "run", learn_std=learn_std, **sizes))
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert "recall/imitation_loss" in checkpoint["losses"] and checkpoint["losses"]["losses/kl"] > 0
+    assert torch.equal(checkpoint["actor"]["log_std"], torch.zeros(2)) == (not learn_std)

@@ -190,20 +190,42 @@ def test_goals_that_are_drawn_can_be_reached_and_depend_on_seed_and_episode():
         assert len(np.unique(goals, axis=0)) == len(goals)
 
 
-def test_points_move_as_under_a_constant_acceleration_and_stop_at_walls():
+def test_points_move_as_under_a_constant_force_and_slide_along_walls():
     points = PointUMazeVectorEnv(1, max_steps=10**6)
     points.reset(seed=1, options={"goals": np.array([[4.0, 4.0]])})
+    acceleration = 2 / 0.41888  # N / kg
     for n in range(1, 31):
         points.step(np.array([[1.0, 0.0]]))
         time = 0.02 * n
-        np.testing.assert_allclose(points.states[0], [time**2, 0, 2 * time, 0], atol=1e-12)  # a t^2 / 2, a t
-    points.states[0] = [4.99, 0.0, 3.0, 0.5]
+        expected = [acceleration * time**2 / 2, 0, acceleration * time, 0]
+        np.testing.assert_allclose(points.states[0], expected, rtol=1e-4)
+    points.states[0] = [4.99, 0.5, 3.0, 0.5]
     points.step(np.zeros((1, 2)))
-    np.testing.assert_allclose(points.states[0], [4.99, 0.0, 3.0, 0.5])  # the position stays, the velocity too
+    np.testing.assert_allclose(points.states[0], [4.99, 0.51, 0.0, 0.5])  # it slides along the wall at x = 5
+    points.states[0] = [4.99, -0.99, 3.0, -2.0]
+    points.step(np.zeros((1, 2)))
+    np.testing.assert_allclose(points.states[0], [4.99, -0.99, 0.0, 0.0])  # and stops in a corner
     rng = np.random.default_rng(0)
     for _ in range(3000):
         points.step(rng.uniform(-1, 1, (1, 2)))
         assert u_maze.is_free(points.position()).all()
+
+
+def test_an_episode_is_long_enough_to_reach_every_place():
+    """By a controller that aims at the corners, then at the goal, with a spring and a damper."""
+    goals, corners = u_maze.coverage_goals(), np.array([[4.0, 0.0], [4.0, 4.0]])
+    points = PointUMazeVectorEnv(len(goals))
+    states, _ = points.reset(seed=0, options={"goals": goals})
+    passed, reached = np.zeros(len(goals), dtype=int), np.zeros(len(goals), dtype=bool)
+    corners_before = np.where(goals[:, 1] <= 1, 0, np.where(goals[:, 0] >= 3, 1, 2))
+    for _ in range(points.max_steps):
+        position, velocity, next_corners = states[:, :2], states[:, 2:4], corners[passed.clip(max=1)]
+        on_the_way = passed < corners_before
+        target = np.where(on_the_way[:, None], next_corners, goals)
+        passed += on_the_way & (np.abs(position - next_corners).max(-1) < 1)
+        states, rewards, *_ = points.step(1.25 * (target - position) - 0.6 * velocity)
+        reached |= rewards > 0
+    assert reached.all()
 
 
 @pytest.mark.parametrize("dims", [2, 3, 6])
