@@ -645,15 +645,18 @@ def successful_tuples(buffer: TrajectoryBuffer, device: str, held_out: bool = Fa
 def high_value_states(envs, gan: GoalGAN, poses: np.ndarray, buffer: TrajectoryBuffer, count: int, args: Args, rng):
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
-    D turns a goal into a state: an ant there in a pose of `poses`, or a point there with the velocity of the successful
-    trajectory that ended nearest to it.
+    Of twice as many goals these are the half nearer to where successful trajectories ended; others may lie in walls. D
+    turns a goal into a state: an ant there in a pose of `poses`, or a point there with the velocity of the trajectory
+    that ended nearest to it.
     """
-    goals = draw_goals(gan, count, args, rng)  # Alg. 2, line 2
+    goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
+    ends = np.stack([tuples.next_states[-1] for tuples in buffer.trajectories])
+    distances = ((ends[:, envs.places] - goals[:, None]) ** 2).sum(-1)
+    chosen = rng.permutation(distances.min(-1).argsort(stable=True)[:count])
+    goals, nearest = goals[chosen], distances[chosen].argmin(-1)
     if args.env_id == "AntUMaze-v0":  # Alg. 2, line 3
         states = envs.decode(goals, poses[rng.integers(len(poses), size=count)])
     else:
-        ends = np.stack([tuples.next_states[-1] for tuples in buffer.trajectories])
-        nearest = ((ends[:, : goals.shape[1]] - goals[:, None]) ** 2).sum(-1).argmin(-1)
         states = np.concatenate((goals, ends[nearest, goals.shape[1] :]), axis=1)
     return (as_tensor(x.astype(np.float32), args.device) for x in (states, goals))  # Alg. 2, line 4
 

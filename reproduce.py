@@ -106,11 +106,11 @@ TRUST_REGION = {
     "laptop": "--total-timesteps 500000 --eval-every 25000 --eval-episodes 5",
     "paper": "--total-timesteps 2000000 --num-envs 16 --num-steps 3125 --max-kl 0.05 --gamma 0.995 --eval-every 50000",
 }
-# 60 outer iterations for a point mass, 12 for the ant; at the paper's scale 155 for the ant.
+# 40 outer iterations for a point mass, 8 for the ant; at the paper's scale 155 for the ant.
 GOAL_GAN = {
     "smoke": "--total-timesteps 2000 --num-envs 20 --num-steps 50 --inner-iterations 1 --num-goals 20 "
     "--label-rollouts 1 --gan-updates 10 --eval-episodes 1",
-    "laptop": "--total-timesteps 6000000",
+    "laptop": "--total-timesteps 4000000",
     "paper": "--total-timesteps 77500000",
 }
 SCALES = {
