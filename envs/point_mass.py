@@ -39,9 +39,6 @@ class PointMassVectorEnv(GoalVectorEnv):
     def observe(self) -> np.ndarray:
         return self.states
 
-    def position(self) -> np.ndarray:
-        return self.states[:, : self.goal_dim]
-
     def draw_goal(self, rng: np.random.Generator) -> np.ndarray:
         return rng.uniform(-self.box, self.box)
 

@@ -12,6 +12,7 @@
 """
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class GoalVectorEnv(VectorEnv):
     `goal_space` is where goals may be wanted, `places` are the columns of an observation that have to come near them.
 
     A subclass says how the states, `self.states` (num_envs, ...), advance: `first_states`, `advance`, `observe`,
-    `position`, `fallen` and `draw_goal`.
+    `fallen` and `draw_goal`.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -110,17 +111,26 @@ class GoalVectorEnv(VectorEnv):
             raise ValueError(f"actions must have the shape {self.action_space.shape}, got {actions.shape}")
         self.advance(actions.clip(-1, 1))
         self.steps += 1
-        distance = np.sqrt(((self.position() - self.goals) ** 2).sum(-1))
+        observations = self.observations()
+        distance = np.sqrt(((observations[:, self.places] - self.goals) ** 2).sum(-1))
         reached = distance < self.tolerance
         terminated = reached | self.fallen()
         truncated = (self.steps >= self.max_steps) & ~terminated
-        observations, infos = self.observations(), {"distance": distance, "_distance": np.ones(self.num_envs, bool)}
+        infos = {"distance": distance, "_distance": np.ones(self.num_envs, bool)}
         done = terminated | truncated
         if np.count_nonzero(done):
             infos |= {"final_obs": observations, "_final_obs": done, "final_info": {}, "_final_info": done.copy()}
             self._begin(done)
-            observations = self.observations()
+            observations = observations.copy()
+            observations[done] = np.concatenate((np.tile(self.first_seen, (done.sum(), 1)), self.goals[done]), axis=1)
         return observations, reached.astype(np.float64), terminated, truncated, infos
+
+    @cached_property
+    def first_seen(self) -> np.ndarray:
+        """The first observation of every episode, without the goal, (S,)."""
+        before, self.states = self.states, self.first_states()
+        seen, self.states = self.observe()[0], before
+        return seen
 
     def get_state(self) -> dict[str, Any]:
         """All that changes from step to step, for a checkpoint."""
@@ -147,7 +157,7 @@ class GoalVectorEnv(VectorEnv):
 
     def position(self) -> np.ndarray:
         """What is to come near the goal, (num_envs, G)."""
-        raise NotImplementedError
+        return self.observe()[:, self.places]
 
     def fallen(self) -> np.ndarray:
         """Which episodes end without success, (num_envs,)."""
@@ -257,9 +267,6 @@ class AntUMazeVectorEnv(GoalVectorEnv):
             parts.append(np.stack([self._contact_forces(state) for state in self.states]).clip(-1, 1))
         return np.concatenate(parts, axis=1)
 
-    def position(self) -> np.ndarray:
-        return self._centres_of_mass(self._rotations())[:, :2]
-
     def fallen(self) -> np.ndarray:
         height = self.states[:, 3]
         return ~((height >= 0.3) & (height <= 1.0) & np.isfinite(self.states).all(-1))
@@ -279,8 +286,9 @@ class AntUMazeVectorEnv(GoalVectorEnv):
         model = self.model
         fixed, upper, lower = (np.arange(4) * 3 + first for first in (2, 3, 4))
         mass = model.body_mass[:, None]
-        self.knee_axes = model.jnt_axis[2::2]  # the hips turn about z
-        self.lower = mass[lower] * model.body_ipos[lower]
+        knee_axes, weight = model.jnt_axis[2::2], mass[lower] * model.body_ipos[lower]  # the hips turn about z
+        self.along = knee_axes * (knee_axes * weight).sum(-1, keepdims=True)
+        self.around = weight - self.along, np.cross(knee_axes, weight)
         self.upper = mass[upper] * model.body_ipos[upper] + mass[lower] * model.body_pos[lower]
         hips = model.body_pos[fixed] + model.body_pos[upper]
         self.rest = (mass[fixed] * (model.body_pos[fixed] + model.body_ipos[fixed])).sum(0)
@@ -290,13 +298,11 @@ class AntUMazeVectorEnv(GoalVectorEnv):
     def _centres_of_mass(self, rotations: np.ndarray) -> np.ndarray:
         """(num_envs, 3), by the kinematics of the legs: MuJoCo's own is of the state before the last step."""
         hips, knees = self.states[:, 8:16:2], self.states[:, 9:16:2, None]
-        axes, lower = self.knee_axes, self.lower
-        along = axes * (axes * lower).sum(-1, keepdims=True)  # Rodrigues' rotation formula
-        lower = lower * np.cos(knees) + np.cross(axes, lower) * np.sin(knees) + along * (1 - np.cos(knees))
+        lower = self.along + self.around[0] * np.cos(knees) + self.around[1] * np.sin(knees)  # Rodrigues' formula
         legs, cos, sin = self.upper + lower, np.cos(hips), np.sin(hips)
-        x, y, z = np.moveaxis(legs, -1, 0)
-        legs = np.stack((cos * x - sin * y, sin * x + cos * y, z), axis=-1)
-        offsets = (self.rest + legs.sum(1)) / self.mass
+        x, y, z = legs[..., 0], legs[..., 1], legs[..., 2]
+        legs = np.stack(((cos * x - sin * y).sum(1), (sin * x + cos * y).sum(1), z.sum(1)), axis=1)
+        offsets = (self.rest + legs) / self.mass
         return self.states[:, 1:4] + (rotations @ offsets[..., None])[..., 0]
 
     def _contact_forces(self, state: np.ndarray) -> np.ndarray:
@@ -387,9 +393,6 @@ class PointUMazeVectorEnv(GoalVectorEnv):
 
     def observe(self) -> np.ndarray:
         return self.states
-
-    def position(self) -> np.ndarray:
-        return self.states[:, :2]
 
     def image(self, pixels: int = 24) -> np.ndarray:
         """The first maze from above, (10 * pixels, 10 * pixels, 3) uint8: red goal, blue point."""
