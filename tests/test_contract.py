@@ -638,13 +638,22 @@ def uninterrupted(finished):
 
 
 @every_script
-def test_killed_at_any_moment_and_resumed_equals_uninterrupted(name, tmp_path, uninterrupted):
+def test_killed_and_stopped_at_any_moment_and_resumed_equals_uninterrupted(name, tmp_path, uninterrupted):
     run, rng, arguments = tmp_path / "run", random.Random(1), long_settings(name) | {"run_dir": tmp_path / "run"}
     steps = [0]
-    for checkpoints in (3, 2, 7):
-        status, _ = send_signal(signal.SIGKILL, name, run, arguments, checkpoints, rng.uniform(0, 0.03))
-        assert status == -signal.SIGKILL
+    for number, status, checkpoints in (
+        (signal.SIGKILL, -signal.SIGKILL, 3),
+        (signal.SIGINT, 130, 2),
+        (signal.SIGKILL, -signal.SIGKILL, 7),
+        (signal.SIGTERM, 143, 2),
+    ):
+        ended, message = send_signal(number, name, run, arguments, checkpoints, rng.uniform(0, 0.03))
+        assert ended == status, message
         steps.append(load(run)["step"])
+        if number != signal.SIGKILL:  # a checkpoint of that very moment, and how to go on
+            assert len(message.splitlines()) == 1
+            assert f"--resume {run}" in message
+            assert re.search(rf"\bstep {steps[-1]}\b", message)
         arguments = {"resume": run}
     assert steps == sorted(set(steps))  # each time it went on
     assert steps[-1] < long_settings(name)["total_timesteps"]
@@ -679,20 +688,6 @@ def test_killed_while_a_checkpoint_is_written_and_resumed_equals_uninterrupted(n
     assert 0 < load(tmp_path / "run")["step"] < SCRIPTS[name].steps
     call(name, resume=tmp_path / "run")
     assert_same(tmp_path / "run", finished(name))
-
-
-@every_script
-def test_stopped_by_sigint_and_sigterm_and_resumed_equals_uninterrupted(name, tmp_path, uninterrupted):
-    run, arguments = tmp_path / "run", long_settings(name) | {"run_dir": tmp_path / "run"}
-    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        ended, message = send_signal(number, name, run, arguments, 2, 0.01)
-        assert ended == status, message
-        assert len(message.splitlines()) == 1
-        assert f"--resume {run}" in message
-        assert re.search(rf"\bstep {load(run)['step']}\b", message)  # a checkpoint of that very moment
-        arguments = {"resume": run}
-    call(name, resume=run)
-    assert_same(run, uninterrupted(name))
 
 
 @every_script
