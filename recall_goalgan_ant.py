@@ -1036,7 +1036,7 @@ def main(args: Args) -> None:
             parts["backtracking_optimizer"] = model_optimizer
         rngs["recall"] = np.random.default_rng([args.seed, 5])
         if args.env_id == "AntUMaze-v0":
-            poses = envs.feasible_states(1000, np.random.default_rng([args.seed, 6]))
+            poses = envs.feasible_states(200, np.random.default_rng([args.seed, 6]))
     goals = np.zeros((0, envs.goal_dim))  # of this outer iteration
     step, losses, evaluations = 0, {}, []  # evaluations: (step, coverage)
     finished = []  # (return, length) of the episodes since the last evaluation
