@@ -1076,7 +1076,7 @@ def main(args: Args) -> None:
     def stop_with_bad_loss(name: str) -> None:
         sys.exit(f"error: {name} is {losses[name]} at step {step}; {args.run_dir} keeps the last good checkpoint")
 
-    def log() -> np.ndarray:
+    def log() -> None:
         check_losses()
         rng = np.random.default_rng([args.seed, 4, step])
         rates = successes(eval_envs, actor, evaluation_goals(eval_envs, args), args.eval_episodes, rng).mean(0)
@@ -1093,25 +1093,25 @@ def main(args: Args) -> None:
         for name, value in scalars.items():
             if np.isfinite(float(value)):  # no trace may have stayed inside the data
                 writer.add_scalar(name, float(value), step)
+        if args.env_id != "PointMass-v0":
+            show("coverage", draw_coverage(rates, f"{rates.mean():.0%} coverage after {step} steps"))
         progress.set_postfix_str(f"coverage {rates.mean():.2f}")
-        return rates
+
+    def show(name: str, figure: Figure) -> None:
+        figure.savefig(args.run_dir / f"{name}.png", dpi=120)
+        image = np.asarray(Image.open(args.run_dir / f"{name}.png").convert("RGB"))
+        writer.add_image(f"pictures/{name}", image, step, dataformats="HWC")
 
     def compare() -> Comparison | None:
         if "recall/imitation_kl" not in losses:  # no recall phase yet
             return None
         return compare_traces(model, buffer, args.trace_length, args, np.random.default_rng([args.seed, 3, step]))
 
-    def write_pictures(rates: np.ndarray) -> None:
+    def write_pictures() -> None:
         title = f"{args.env_id}, recall {args.recall}, seed {args.seed}"
-        pictures = {"returns": draw_curve(evaluations, outer_batch, title)}
-        if args.env_id != "PointMass-v0":
-            pictures["coverage"] = draw_coverage(rates, f"{rates.mean():.0%} coverage after {step} steps")
+        show("returns", draw_curve(evaluations, outer_batch, title))
         if compared := compare():
-            pictures["traces"] = draw_traces(model, compared)
-        for name, figure in pictures.items():
-            figure.savefig(args.run_dir / f"{name}.png", dpi=120)
-            image = np.asarray(Image.open(args.run_dir / f"{name}.png").convert("RGB"))
-            writer.add_image(f"pictures/{name}", image, step, dataformats="HWC")
+            show("traces", draw_traces(model, compared))
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, actor)
 
@@ -1181,7 +1181,8 @@ def main(args: Args) -> None:
             losses |= imitate(actor, imitation_optimizer, traces, seen, args)
 
         save_checkpoint()
-        write_pictures(log())
+        log()
+        write_pictures()
     print(f"pictures, curves and the trained agent are in {args.run_dir}")
 
 

@@ -716,6 +716,7 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
                 axes.text(0.5, 0.5, "not run yet", ha="center", transform=axes.transAxes)
             if panel.kind == "curves":
                 axes.set(xlabel="environment steps (thousands)", ylabel=LABELS[panel.tag])
+                axes.locator_params(axis="x", nbins=6)
                 if panel.until is not None:
                     axes.set_xlim(right=min(panel.until / 1000, axes.get_xlim()[1]))
             else:
