@@ -1,6 +1,10 @@
 """Spreads the tests over all cores; those of one script or file stay in one process, where they share their runs."""
 
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported: all cores are taken by other tests
 
 
 @pytest.hookimpl(tryfirst=True)
