@@ -96,7 +96,7 @@ FOUR_ROOMS = {
 }
 # The laptop's networks and batches are those of the first version of soft actor-critic, a quarter of today's.
 SOFT_ACTOR_CRITIC = {
-    "smoke": "--total-timesteps 1200 --learning-starts 1000 --recall-every 50 --eval-every 600 --eval-episodes 1",
+    "smoke": "--total-timesteps 1200 --learning-starts 1000 --recall-every 100 --eval-every 600 --eval-episodes 1",
     "laptop": "--total-timesteps 60000 --hidden 128 --batch-size 128",
     "paper": "--total-timesteps 1000000",
 }
