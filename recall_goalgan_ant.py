@@ -417,7 +417,7 @@ class TrajectoryBuffer:
 
 @torch.no_grad()
 def greedy_actions(actor: Actor, states: np.ndarray) -> np.ndarray:
-    """The policy's means (B, A) in states (B, S)."""
+    """The policy's means (B, A) in states (B, S). For so many states numpy's threads would get in each other's way."""
     return actor(as_tensor(states, actor.log_std.device))[0].cpu().numpy()
 
 
