@@ -559,22 +559,26 @@ def update_critic(critic: Critic, optimizer, states, returns, args: Args, rng) -
     return {"losses/value_loss": loss.detach()}
 
 
+def advantages_and_returns(critic: Critic, rollout: Rollout, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all steps of the rollout, (num_steps * num_envs,) each, by this critic."""
+    states = (as_tensor(x, args.device).flatten(0, 1) for x in (rollout.states, rollout.next_states))
+    with torch.no_grad():
+        values, next_values = (critic(x).cpu().numpy().reshape(rollout.rewards.shape) for x in states)
+    advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
+    return as_tensor(advantages.ravel(), args.device), as_tensor((advantages + values).ravel(), args.device)
+
+
+def normalised(values: torch.Tensor) -> torch.Tensor:
+    return (values - values.mean()) / (values.std() + 1e-8)
+
+
 def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args, rng) -> dict[str, torch.Tensor]:
     """One iteration of trust region policy optimization; returns losses."""
-    states, next_states, actions = (
-        as_tensor(column, args.device).flatten(0, 1)
-        for column in (rollout.states, rollout.next_states, rollout.actions)
-    )
-    with torch.no_grad():
-        values, next_values = (critic(s).cpu().numpy().reshape(rollout.rewards.shape) for s in (states, next_states))
-    advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
-    returns = as_tensor((advantages + values).ravel(), args.device)
-    advantages = as_tensor(advantages.ravel(), args.device)
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    losses = update_actor(actor, states, actions, advantages, args)
+    states, actions = (as_tensor(column, args.device).flatten(0, 1) for column in (rollout.states, rollout.actions))
+    advantages, returns = advantages_and_returns(critic, rollout, args)
+    losses = update_actor(actor, states, actions, normalised(advantages), args)
     losses |= update_critic(critic, optimizer, states, returns, args, rng)
-    explained = 1 - (returns - as_tensor(values.ravel(), args.device)).var() / returns.var()
-    return losses | {"losses/explained_variance": explained}
+    return losses | {"losses/explained_variance": 1 - advantages.var() / returns.var()}
 
 
 # ------------------------------------------------------------------------------------------------------ goals
