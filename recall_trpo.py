@@ -119,7 +119,7 @@ class Args:
     start_states: Literal["advantage", "return", "reward"] = "advantage"
     """where traces start: wherever the policy was since the last recall phase, each trace weighted by the advantage of
     the action that led there; or where the return-to-go or the reward was high (E.1), all traces alike"""
-    num_traces: int = 512
+    num_traces: int = 4096
     """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 3, or that of Table 1 (10 for Hopper, 50 for Ant and Humanoid, 20 for all
@@ -128,7 +128,7 @@ class Args:
     """how much of its weight a trace that is weighted by an advantage keeps with each step"""
     recall_every: int = 5
     """iterations per recall phase (App. C)"""
-    recall_updates: int = 8
+    recall_updates: int = 1
     """imitation updates per recall phase, each with new traces"""
     recall_until: float = 1.0
     """share of the training after which no more traces are imitated"""
@@ -144,10 +144,10 @@ class Args:
     """(state, action, next state) tuples per backtracking model update"""
     backtracking_lr: float = 1e-3
     """step size of Adam for the backtracking model (beta in Alg. 1)"""
-    imitation_lr: float = 1e-3
-    """step size of Adam for the imitation of traces"""
+    imitation_lr: float = 10.0
+    """step size of the natural gradient for the imitation of traces, as far as --imitation-kl allows"""
     imitation_kl: float = 0.05
-    """largest mean KL divergence between the policies before and after a recall phase"""
+    """trust region of an imitation update: largest mean KL divergence between the policies before and after it"""
     action_noise: float = 0.3
     """standard deviation of imagined actions as a share of the model's own (the paper: 1)"""
     state_noise: float = 0.5
@@ -550,30 +550,38 @@ def conjugate_gradients(product, b: torch.Tensor, iterations: int) -> torch.Tens
     return x
 
 
-def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
-    """One natural gradient step within the trust region (Schulman et al., 2015) on states (n, S), actions (n, A) and
-    advantages (n,); returns losses."""
+def natural_step(actor: Actor, gradient, states, actions, advantages, max_kl: float, lr: float, args: Args):
+    """`lr` times the natural gradient, shortened until the mean KL divergence on states (n, S) is within `max_kl` and
+    the surrogate of actions (n, A) with advantages (n,) improves, or no step (Schulman et al., 2015).
+
+    Returns gain of the surrogate, KL divergence and how often the line search shortened the step.
+    """
     weights = parameters_to_vector(actor.parameters()).detach()
-    old_policy = [part.detach() for part in actor(states)]
-    old_log_probs = actor.log_prob(states, actions)
-    # The ratio pi / pi_old is 1 here, but its gradient is that of log pi.
-    surrogate = (advantages * (old_log_probs - old_log_probs.detach()).exp()).mean()
-    gradient = parameters_to_vector(torch.autograd.grad(surrogate, [*actor.parameters()]))
+    old_policy, old_log_probs = [part.detach() for part in actor(states)], actor.log_prob(states, actions).detach()
     product = fisher_matrix(actor, states, args.cg_damping)
     direction = conjugate_gradients(product, gradient, args.cg_iterations)
-    step = direction * (2 * args.max_kl / (direction @ product(direction)).clamp(min=1e-20)).sqrt()
+    step = direction * (2 * max_kl / (direction @ product(direction)).clamp(min=1e-20)).sqrt().clamp(max=lr)
     with torch.no_grad():
         for i in range(args.line_search_steps):
             vector_to_parameters(weights + 0.8**i * step, actor.parameters())
-            gain = (advantages * (actor.log_prob(states, actions) - old_log_probs).exp()).mean() - surrogate
+            gain = (advantages * (actor.log_prob(states, actions) - old_log_probs).exp()).mean() - advantages.mean()
             kl = kl_divergence(*old_policy, *actor(states))
-            if gain > 0 and kl <= args.max_kl:
-                break
-        else:
-            vector_to_parameters(weights, actor.parameters())
-            gain, kl, i = torch.zeros(()), torch.zeros(()), args.line_search_steps
+            if gain > 0 and kl <= max_kl:
+                return gain, kl, torch.tensor(float(i))
+    vector_to_parameters(weights, actor.parameters())
+    return torch.zeros(()), torch.zeros(()), torch.tensor(float(args.line_search_steps))
+
+
+def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
+    """One natural gradient step within the trust region (Schulman et al., 2015) on states (n, S), actions (n, A) and
+    advantages (n,); returns losses."""
+    log_probs = actor.log_prob(states, actions)
+    # The ratio pi / pi_old of the surrogate is 1 here, but its gradient is that of log pi.
+    surrogate = (advantages * (log_probs - log_probs.detach()).exp()).mean()
+    gradient = parameters_to_vector(torch.autograd.grad(surrogate, [*actor.parameters()]))
+    gain, kl, steps = natural_step(actor, gradient, states, actions, advantages, args.max_kl, math.inf, args)
     entropy = (actor.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().detach()
-    losses = {"policy_loss": -gain, "kl": kl, "entropy": entropy, "line_search_steps": torch.tensor(float(i))}
+    losses = {"policy_loss": -gain, "kl": kl, "entropy": entropy, "line_search_steps": steps}
     return {f"losses/{name}": loss for name, loss in losses.items()}
 
 
@@ -729,38 +737,24 @@ def split_traces(states, actions, weights, num_traces: int) -> list[tuple[torch.
     return [(states[weights != 0], actions[weights != 0], weights[weights != 0]) for states, actions, weights in parts]
 
 
-def imitate(actor: Actor, optimizer, traces: list, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
-    """Steps that raise log pi(a | s) on the pairs of traces by their weights (Alg. 1, lines 12 and 13); returns losses.
+def imitate(actor: Actor, traces, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
+    """One natural gradient step that raises log pi(a | s) on the pairs of traces by their weights (Alg. 1, lines 12 and
+    13); returns losses.
 
-    The line search of trust region policy optimization has the last word: on states (n, S), actions (n, A) and
-    advantages (n,) of a rollout that no trace knows, the policy must change by no more than --imitation-kl and get
-    better. The standard deviation stays as it is: how far imagined actions scatter says nothing about it.
+    The line search has the last word: on states (n, S), actions (n, A) and advantages (n,) of a rollout that no trace
+    knows, the policy must change by no more than --imitation-kl and get better. Its standard deviation stays as it is:
+    how far imagined actions scatter says nothing about it.
     """
-    before = parameters_to_vector(actor.parameters()).detach().clone()
-    old_policy, old_log_probs = [part.detach() for part in actor(states)], actor.log_prob(states, actions).detach()
-    losses = {}
-    for trace_states, trace_actions, weights in traces:
-        if len(weights) == 0:
-            continue
-        loss = -(weights * actor.log_prob(trace_states, trace_actions)).mean()  # Eq. (3), its mean over the pairs
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses["recall/imitation_loss"] = loss.detach()
-    with torch.no_grad():
-        kl = kl_divergence(*old_policy, *actor(states))
-        step = parameters_to_vector(actor.parameters()) - before
-        step *= (args.imitation_kl / kl.clamp(min=1e-20)).sqrt().clamp(max=1)
-        for i in range(args.line_search_steps):
-            vector_to_parameters(before + 0.8**i * step, actor.parameters())
-            gain = (advantages * ((actor.log_prob(states, actions) - old_log_probs).exp() - 1)).mean()
-            kl = kl_divergence(*old_policy, *actor(states))
-            if gain > 0 and kl <= args.imitation_kl:
-                break
-        else:
-            vector_to_parameters(before, actor.parameters())
-            gain, kl = torch.zeros(()), torch.zeros(())
-    return losses | {"recall/imitation_kl": kl, "recall/imitation_gain": gain}
+    trace_states, trace_actions, weights = traces
+    if len(weights) == 0:
+        return {}
+    loss = -(weights * actor.log_prob(trace_states, trace_actions)).mean()  # Eq. (3), its mean over the pairs
+    gradient = torch.autograd.grad(-loss, [*actor.net.parameters()])
+    gradient = parameters_to_vector((torch.zeros_like(actor.log_std), *gradient))
+    bounds = args.imitation_kl, args.imitation_lr
+    gain, kl, _ = natural_step(actor, gradient, states, actions, advantages, *bounds, args)
+    losses = {"imitation_loss": loss.detach(), "imitation_gain": gain, "imitation_kl": kl}
+    return {f"recall/{name}": value for name, value in losses.items()}
 
 
 def default_trace_length(args: Args) -> int:
@@ -1088,9 +1082,8 @@ def main(args: Args) -> None:
             model = BacktrackingModel(state_dim, action_dim).to(args.device)  # Alg. 1, line 2
             update_model = update_backtracking_model
         buffer = TrajectoryBuffer(args.buffer_size, args.num_envs, args.recall_every, args.start_states, args.gamma)
-        imitation_optimizer = torch.optim.Adam(actor.net.parameters(), lr=args.imitation_lr, fused=True)
         kind = "forward" if args.recall == "forward" else "backtracking"
-        parts |= {f"{kind}_model": model, "buffer": buffer, "imitation_optimizer": imitation_optimizer}
+        parts |= {f"{kind}_model": model, "buffer": buffer}
         if args.recall != "random":
             model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
             parts[f"{kind}_optimizer"] = model_optimizer
@@ -1206,7 +1199,8 @@ def main(args: Args) -> None:
                 # Alg. 1, lines 12 and 13: imitate them; the new rollout, which they do not know, judges the result
                 traces = split_traces(*traces, args.num_traces)
                 advantages = normalised(advantages_and_returns(critic, rollout, args)[0])
-                losses |= imitate(actor, imitation_optimizer, traces, states, actions, advantages, args)
+                for part in traces:
+                    losses |= imitate(actor, part, states, actions, advantages, args)
             # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
             losses |= update_trpo(actor, critic, optimizer, rollout, args, rngs["update"])
             if args.normalise_states:

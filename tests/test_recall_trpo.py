@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.distributions import Independent, Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import recall_trpo as script
 from recall_trpo import (
@@ -602,56 +602,54 @@ def test_traces_are_split_into_the_pairs_of_each_imitation_update():
         assert some_weights.tolist() == [1.0] * len(expected)
 
 
-def net_step(actor, lr):
-    return sgd(actor.net.parameters(), lr)
-
-
-def judge(actor, traces, size=100):
-    """A batch of states, actions and advantages on which the imitation of these traces is an improvement."""
-    states = randn(size, STATE_DIM, seed=5)
-    better = copy.deepcopy(actor)
-    for trace_states, actions, weights in traces:
-        (weights * better.log_prob(trace_states, actions)).mean().mul(-1).backward()
-        for weight in better.net.parameters():
-            weight.data -= 1e-4 * weight.grad
-            weight.grad = None
-    actions = policy(actor, states).sample()
-    gain = (better.log_prob(states, actions) - actor.log_prob(states, actions)).detach()
-    return states, actions, (gain - gain.mean()) / gain.std()
-
-
-def test_imitation_raises_the_log_probability_of_the_traces_but_leaves_the_standard_deviation():
-    """Eq. (3), weighted"""
-    actor, _ = networks()
-    states, actions, weights = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1), randn(50, seed=2)
-    for weight in (torch.ones(50), weights):
-        trained, expected, batch = copy.deepcopy(actor), copy.deepcopy(actor), judge(actor, [(states, actions, weight)])
-        loss = -(weight * policy(expected, states).log_prob(actions)).mean()
-        parameters = [*expected.net.parameters()]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.data -= 1e-3 * gradient
-        pairs, args = [(states, actions, weight)], Args(imitation_kl=1e9)
-        losses = script.imitate(trained, net_step(trained, 1e-3), pairs, *batch, args)
-        assert float(losses["recall/imitation_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
-        for parameter, other in zip(trained.net.parameters(), parameters, strict=True):
-            torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-6)
-        assert torch.equal(trained.log_std, actor.log_std)
-        kl = exact_kl_divergence(policy(actor, batch[0]), policy(trained, batch[0])).mean()
-        assert float(losses["recall/imitation_kl"]) == pytest.approx(float(kl.detach()), rel=1e-3, abs=1e-7)
-        old_log_probs = actor.log_prob(*batch[:2]).detach()
-        gain = surrogate(trained, old_log_probs, *batch) - surrogate(actor, old_log_probs, *batch)
-        assert float(losses["recall/imitation_gain"]) == pytest.approx(gain, rel=1e-2, abs=1e-6) and gain > 0
-
-
 def some_traces():
-    return [(randn(50, STATE_DIM, seed=n), randn(50, ACTION_DIM, seed=n + 9), torch.ones(50)) for n in range(5)]
+    return randn(50, STATE_DIM, seed=3), randn(50, ACTION_DIM, seed=4), randn(50, seed=6)
+
+
+def imitation_gradient(actor, traces):
+    """Of the mean of weight times log pi, Eq. (3); 0 for the standard deviation."""
+    states, actions, weights = traces
+    log_probs = (weights * policy(actor, states).log_prob(actions)).mean()
+    gradient = torch.autograd.grad(log_probs, [*actor.net.parameters()])
+    return float(-log_probs.detach()), parameters_to_vector((torch.zeros(ACTION_DIM), *gradient))
+
+
+def judge(actor, traces, size=200):
+    """A batch of states, actions and advantages on which the imitation of these traces is an improvement."""
+    states, better = randn(size, STATE_DIM, seed=5), copy.deepcopy(actor)
+    matrix = explicit_fisher_matrix(actor, states) + 0.1 * torch.eye(len(parameters_to_vector(actor.parameters())))
+    step = 1e-3 * torch.linalg.solve(matrix, imitation_gradient(actor, traces)[1])
+    vector_to_parameters(parameters_to_vector(actor.parameters()).detach() + step, better.parameters())
+    mean, log_std = (part.detach() for part in actor(states))
+    actions = mean + log_std.exp() * randn(size, ACTION_DIM, seed=7)
+    gain = (better.log_prob(states, actions) - actor.log_prob(states, actions)).detach()
+    return states, actions, script.normalised(gain)
+
+
+def test_imitation_is_a_natural_gradient_step_that_leaves_the_standard_deviation():
+    """Eq. (3), weighted, with a step size, as long as the trust region allows it"""
+    actor, _ = networks()
+    old, traces = copy.deepcopy(actor), some_traces()
+    batch, (loss, gradient) = judge(actor, traces), imitation_gradient(actor, traces)
+    matrix = explicit_fisher_matrix(actor, batch[0]) + 0.1 * torch.eye(len(gradient))
+    args = Args(imitation_lr=1e-2, imitation_kl=1e9, cg_iterations=200)
+    losses = script.imitate(actor, traces, *batch, args)
+    step = parameters_to_vector(actor.parameters()).detach() - parameters_to_vector(old.parameters()).detach()
+    torch.testing.assert_close(step, 1e-2 * torch.linalg.solve(matrix, gradient), rtol=0.02, atol=1e-5)
+    assert torch.equal(actor.log_std, old.log_std)
+    assert float(losses["recall/imitation_loss"]) == pytest.approx(loss, rel=1e-4)
+    kl = float(exact_kl_divergence(policy(old, batch[0]), policy(actor, batch[0])).mean())
+    assert float(losses["recall/imitation_kl"]) == pytest.approx(kl, rel=1e-3, abs=1e-7)
+    old_log_probs = old.log_prob(*batch[:2]).detach()
+    gain = surrogate(actor, old_log_probs, *batch) - surrogate(old, old_log_probs, *batch)
+    assert float(losses["recall/imitation_gain"]) == pytest.approx(gain, rel=1e-2, abs=1e-6) and gain > 0
 
 
 @pytest.mark.parametrize("imitation_kl", [1e-4, 0.01])
 def test_imitation_changes_the_policy_no_more_than_it_may(imitation_kl):
     actor, _ = networks()
     old, batch = copy.deepcopy(actor), judge(actor, some_traces())
-    losses = script.imitate(actor, net_step(actor, 0.1), some_traces(), *batch, Args(imitation_kl=imitation_kl))
+    losses = script.imitate(actor, some_traces(), *batch, Args(imitation_kl=imitation_kl))
     kl = float(exact_kl_divergence(policy(old, batch[0]), policy(actor, batch[0])).mean())
     assert 0.1 * imitation_kl <= kl <= imitation_kl + 1e-7
     assert float(losses["recall/imitation_kl"]) == pytest.approx(kl, abs=1e-6)
@@ -664,12 +662,12 @@ def test_imitation_that_is_refused_leaves_the_policy_as_it_was(refused):
     states, actions, advantages = judge(actor, traces)
     advantages = -advantages if refused == "a rollout gets worse" else advantages
     if refused == "no step is left":
-        traces = [(torch.zeros(0, STATE_DIM), torch.zeros(0, ACTION_DIM), torch.zeros(0))]
+        traces = torch.zeros(0, STATE_DIM), torch.zeros(0, ACTION_DIM), torch.zeros(0)
     args = Args(imitation_kl=0.0 if refused == "no step is allowed" else 1e-3)
-    losses = script.imitate(actor, net_step(actor, 0.01), traces, states, actions, advantages, args)
-    torch.testing.assert_close(parameters_to_vector(actor.parameters()), before, rtol=0, atol=0)
-    assert (float(losses["recall/imitation_kl"]), float(losses["recall/imitation_gain"])) == (0.0, 0.0)
-    assert ("recall/imitation_loss" in losses) == (refused != "no step is left")
+    losses = script.imitate(actor, traces, states, actions, advantages, args)
+    assert torch.equal(parameters_to_vector(actor.parameters()), before)
+    assert losses.get("recall/imitation_kl", 0.0) == losses.get("recall/imitation_gain", 0.0) == 0.0
+    assert (losses == {}) == (refused == "no step is left")
 
 
 def test_traces_are_compared_with_what_really_led_to_their_states():
