@@ -15,9 +15,9 @@
 # ///
 """Trust region policy optimization with recall traces (Goyal et al., ICLR 2019, sections 6.4, B, C, E.1 and G).
 
-A backtracking model imagines which (state, action) pairs may have led to where the policy was; the policy imitates these
-recall traces if they begin with an advantage, and avoids them otherwise. This file is all there is, and `--recall none`
-is a plain TRPO to read and copy.
+A backtracking model imagines which (state, action) pairs may have led to where the policy was; the policy imitates
+these recall traces if they begin with an advantage and avoids them otherwise. This file is all there is, and
+`--recall none` is a plain TRPO to read and copy.
 
     python recall_trpo.py --capture-video                     # HalfCheetah-v5
     python recall_trpo.py --recall none                       # plain trust region policy optimization
