@@ -519,10 +519,12 @@ def conjugate_gradients(product, b: torch.Tensor, iterations: int) -> torch.Tens
     return x
 
 
-def natural_step(actor: Actor, gradient, states, actions, advantages, max_kl: float, lr: float, least, args: Args):
+def natural_step(actor: Actor, gradient, states, actions, advantages, max_kl: float, lr: float, args: Args):
     """`lr` times the natural gradient, shortened until the mean KL divergence on states (n, S) is within `max_kl` and
-    the surrogate of actions (n, A) with advantages (n,) gains more than `least` standard errors; or no step (Schulman
-    et al., 2015). Returns gain, KL divergence and how often the line search shortened the step."""
+    the surrogate of actions (n, A) with advantages (n,) improves, or no step (Schulman et al., 2015).
+
+    Returns gain of the surrogate, KL divergence and how often the line search shortened the step.
+    """
     weights = parameters_to_vector(actor.parameters()).detach()
     old_policy, old_log_probs = [part.detach() for part in actor(states)], actor.log_prob(states, actions).detach()
     product = fisher_matrix(actor, states, args.cg_damping)
@@ -531,10 +533,9 @@ def natural_step(actor: Actor, gradient, states, actions, advantages, max_kl: fl
     with torch.no_grad():
         for i in range(args.line_search_steps):
             vector_to_parameters(weights + 0.8**i * step, actor.parameters())
-            surrogate = advantages * (actor.log_prob(states, actions) - old_log_probs).exp()
-            gain, error = surrogate.mean() - advantages.mean(), (surrogate - advantages).std() / len(states) ** 0.5
+            gain = (advantages * (actor.log_prob(states, actions) - old_log_probs).exp()).mean() - advantages.mean()
             kl = kl_divergence(*old_policy, *actor(states))
-            if gain > least * error and kl <= max_kl:
+            if gain > 0 and kl <= max_kl:
                 return gain, kl, torch.tensor(float(i))
     vector_to_parameters(weights, actor.parameters())
     return torch.zeros(()), torch.zeros(()), torch.tensor(float(args.line_search_steps))
@@ -547,7 +548,7 @@ def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[
     # The ratio pi / pi_old of the surrogate is 1 here, but its gradient is that of log pi.
     surrogate = (advantages * (log_probs - log_probs.detach()).exp()).mean()
     gradient = parameters_to_vector(torch.autograd.grad(surrogate, [*actor.parameters()]))
-    gain, kl, steps = natural_step(actor, gradient, states, actions, advantages, args.max_kl, math.inf, 0.0, args)
+    gain, kl, steps = natural_step(actor, gradient, states, actions, advantages, args.max_kl, math.inf, args)
     entropy = (actor.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().detach()
     losses = {"policy_loss": -gain, "kl": kl, "entropy": entropy, "line_search_steps": steps}
     return {f"losses/{name}": loss for name, loss in losses.items()}
