@@ -519,38 +519,30 @@ def conjugate_gradients(product, b: torch.Tensor, iterations: int) -> torch.Tens
     return x
 
 
-def natural_step(actor: Actor, gradient, states, actions, advantages, max_kl: float, lr: float, args: Args):
-    """`lr` times the natural gradient, shortened until the mean KL divergence on states (n, S) is within `max_kl` and
-    the surrogate of actions (n, A) with advantages (n,) improves, or no step (Schulman et al., 2015).
-
-    Returns gain of the surrogate, KL divergence and how often the line search shortened the step.
-    """
-    weights = parameters_to_vector(actor.parameters()).detach()
-    old_policy, old_log_probs = [part.detach() for part in actor(states)], actor.log_prob(states, actions).detach()
-    product = fisher_matrix(actor, states, args.cg_damping)
-    direction = conjugate_gradients(product, gradient, args.cg_iterations)
-    step = direction * (2 * max_kl / (direction @ product(direction)).clamp(min=1e-20)).sqrt().clamp(max=lr)
-    with torch.no_grad():
-        for i in range(args.line_search_steps):
-            vector_to_parameters(weights + 0.8**i * step, actor.parameters())
-            gain = (advantages * (actor.log_prob(states, actions) - old_log_probs).exp()).mean() - advantages.mean()
-            kl = kl_divergence(*old_policy, *actor(states))
-            if gain > 0 and kl <= max_kl:
-                return gain, kl, torch.tensor(float(i))
-    vector_to_parameters(weights, actor.parameters())
-    return torch.zeros(()), torch.zeros(()), torch.tensor(float(args.line_search_steps))
-
-
 def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
     """One natural gradient step within the trust region (Schulman et al., 2015) on states (n, S), actions (n, A) and
     advantages (n,); returns losses."""
-    log_probs = actor.log_prob(states, actions)
-    # The ratio pi / pi_old of the surrogate is 1 here, but its gradient is that of log pi.
-    surrogate = (advantages * (log_probs - log_probs.detach()).exp()).mean()
+    weights = parameters_to_vector(actor.parameters()).detach()
+    old_policy = [part.detach() for part in actor(states)]
+    old_log_probs = actor.log_prob(states, actions)
+    # The ratio pi / pi_old is 1 here, but its gradient is that of log pi.
+    surrogate = (advantages * (old_log_probs - old_log_probs.detach()).exp()).mean()
     gradient = parameters_to_vector(torch.autograd.grad(surrogate, [*actor.parameters()]))
-    gain, kl, steps = natural_step(actor, gradient, states, actions, advantages, args.max_kl, math.inf, args)
+    product = fisher_matrix(actor, states, args.cg_damping)
+    direction = conjugate_gradients(product, gradient, args.cg_iterations)
+    step = direction * (2 * args.max_kl / (direction @ product(direction)).clamp(min=1e-20)).sqrt()
+    with torch.no_grad():
+        for i in range(args.line_search_steps):
+            vector_to_parameters(weights + 0.8**i * step, actor.parameters())
+            gain = (advantages * (actor.log_prob(states, actions) - old_log_probs).exp()).mean() - surrogate
+            kl = kl_divergence(*old_policy, *actor(states))
+            if gain > 0 and kl <= args.max_kl:
+                break
+        else:
+            vector_to_parameters(weights, actor.parameters())
+            gain, kl, i = torch.zeros(()), torch.zeros(()), args.line_search_steps
     entropy = (actor.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().detach()
-    losses = {"policy_loss": -gain, "kl": kl, "entropy": entropy, "line_search_steps": steps}
+    losses = {"policy_loss": -gain, "kl": kl, "entropy": entropy, "line_search_steps": torch.tensor(float(i))}
     return {f"losses/{name}": loss for name, loss in losses.items()}
 
 
@@ -567,26 +559,22 @@ def update_critic(critic: Critic, optimizer, states, returns, args: Args, rng) -
     return {"losses/value_loss": loss.detach()}
 
 
-def advantages_and_returns(critic: Critic, rollout: Rollout, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all steps of the rollout, (num_steps * num_envs,) each, by this critic."""
-    states = (as_tensor(x, args.device).flatten(0, 1) for x in (rollout.states, rollout.next_states))
-    with torch.no_grad():
-        values, next_values = (critic(x).cpu().numpy().reshape(rollout.rewards.shape) for x in states)
-    advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
-    return as_tensor(advantages.ravel(), args.device), as_tensor((advantages + values).ravel(), args.device)
-
-
-def normalised(values: torch.Tensor) -> torch.Tensor:
-    return (values - values.mean()) / (values.std() + 1e-8)
-
-
 def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args, rng) -> dict[str, torch.Tensor]:
     """One iteration of trust region policy optimization; returns losses."""
-    states, actions = (as_tensor(column, args.device).flatten(0, 1) for column in (rollout.states, rollout.actions))
-    advantages, returns = advantages_and_returns(critic, rollout, args)
-    losses = update_actor(actor, states, actions, normalised(advantages), args)
+    states, next_states, actions = (
+        as_tensor(column, args.device).flatten(0, 1)
+        for column in (rollout.states, rollout.next_states, rollout.actions)
+    )
+    with torch.no_grad():
+        values, next_values = (critic(s).cpu().numpy().reshape(rollout.rewards.shape) for s in (states, next_states))
+    advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
+    returns = as_tensor((advantages + values).ravel(), args.device)
+    advantages = as_tensor(advantages.ravel(), args.device)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    losses = update_actor(actor, states, actions, advantages, args)
     losses |= update_critic(critic, optimizer, states, returns, args, rng)
-    return losses | {"losses/explained_variance": 1 - advantages.var() / returns.var()}
+    explained = 1 - (returns - as_tensor(values.ravel(), args.device)).var() / returns.var()
+    return losses | {"losses/explained_variance": explained}
 
 
 # ------------------------------------------------------------------------------------------------------ goals

@@ -15,9 +15,8 @@
 # ///
 """Trust region policy optimization with recall traces (Goyal et al., ICLR 2019, sections 6.4, B, C, E.1 and G).
 
-A backtracking model imagines which (state, action) pairs may have led to where the policy was; the policy imitates
-these recall traces if they begin with an advantage and avoids them otherwise. This file is all there is, and
-`--recall none` is a plain TRPO to read and copy.
+A backtracking model imagines, from the states that earned most, which (state, action) pairs may have led there; the
+policy imitates these recall traces. This file is all there is, and `--recall none` is a plain TRPO to read and copy.
 
     python recall_trpo.py --capture-video                     # HalfCheetah-v5
     python recall_trpo.py --recall none                       # plain trust region policy optimization
@@ -117,38 +116,34 @@ class Args:
     recall: Literal["none", "random", "learned", "forward"] = "learned"
     """none: plain TRPO; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F); forward: with a
     forward model and the experience that it imagines (App. G)"""
-    start_states: Literal["advantage", "return", "reward"] = "advantage"
-    """where traces start: wherever the policy was since the last recall phase, each trace weighted by the advantage of
-    the action that led there; or where the return-to-go or the reward was high (E.1), all traces alike"""
-    num_traces: int = 4096
+    start_states: Literal["return", "reward"] = "return"
+    """which states are valuable: those with a high return-to-go, or those that received a high reward (E.1)"""
+    num_traces: int = 64
     """N, recall traces per imitation update"""
     trace_length: int | None = None
-    """longest trace in steps; if not given, 3, or that of Table 1 (10 for Hopper, 50 for Ant and Humanoid, 20 for all
-    others) if traces start where the return-to-go or the reward was high"""
-    trace_decay: float = 0.7
-    """how much of its weight a trace that is weighted by an advantage keeps with each step"""
-    recall_every: int = 5
-    """iterations per recall phase (App. C)"""
-    recall_updates: int = 1
+    """longest trace in steps; if not given, 10 for Hopper, 50 for Ant and Humanoid and 20 for all others (Table 1)"""
+    recall_every: int = 2
+    """iterations per recall phase (App. C: 5)"""
+    recall_updates: int = 5
     """imitation updates per recall phase, each with new traces"""
-    recall_until: float = 1.0
+    recall_until: float = 0.1
     """share of the training after which no more traces are imitated"""
     buffer_size: int = 50_000
-    """environment steps whose trajectories the buffer holds, the newest (not for --start-states advantage)"""
+    """environment steps whose trajectories the buffer holds, the newest"""
     top_trajectories: int = 20
     """k_traj, how many of these trajectories are used, those of highest return"""
     top_fraction: float = 0.25
     """k, share of their tuples that the backtracking model learns from, those with the most valuable next state"""
-    backtracking_updates: int = 200
-    """backtracking model updates per recall phase (App. C: 100)"""
-    backtracking_batch_size: int = 256
+    backtracking_updates: int = 100
+    """backtracking model updates per recall phase (App. C)"""
+    backtracking_batch_size: int = 128
     """(state, action, next state) tuples per backtracking model update"""
     backtracking_lr: float = 1e-3
     """step size of Adam for the backtracking model (beta in Alg. 1)"""
-    imitation_lr: float = 10.0
-    """step size of the natural gradient for the imitation of traces, as far as --imitation-kl allows"""
-    imitation_kl: float = 0.03
-    """trust region of an imitation update: largest mean KL divergence between the policies before and after it"""
+    imitation_lr: float = 3e-4
+    """step size of Adam for the imitation of traces"""
+    imitation_kl: float = 0.01
+    """largest mean KL divergence between the policies before and after a recall phase"""
     action_noise: float = 0.3
     """standard deviation of imagined actions as a share of the model's own (the paper: 1)"""
     state_noise: float = 0.5
@@ -272,8 +267,9 @@ class BacktrackingModel(nn.Module):
         return of_actions.sum(-1), of_changes.sum(-1)
 
     def sample(self, next_states, action_noise, state_noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and actions before `next_states`, made of normal noise (B, A) and (B, S)."""
+        """States and actions from -1 to 1 before `next_states`, made of normal noise (B, A) and (B, S)."""
         actions = self.action_mean + self.action_std * (self.predict_action(next_states) + action_noise)
+        actions = actions.clamp(-1, 1)
         mean, log_std = self.predict_change(actions, next_states)
         changes = self.change_mean + self.change_std * (mean + log_std.exp() * state_noise)
         return next_states + changes, actions
@@ -347,10 +343,11 @@ class Tuples(NamedTuple):
     """Tuples of trajectories: arrays or tensors (B, ...)."""
 
     states: np.ndarray
-    actions: np.ndarray  # as the policy drew them
+    actions: np.ndarray  # from -1 to 1
     rewards: np.ndarray
     next_states: np.ndarray
-    values: np.ndarray  # of the next states, or advantages of the actions
+    values: np.ndarray  # of the next states
+    times: np.ndarray  # steps since the episode's start
 
 
 class Episodes:
@@ -403,17 +400,18 @@ class Episodes:
 
 
 class TrajectoryBuffer:
-    """B: the newest rollouts; the trajectories of the last `capacity` steps whose episodes have ended, and the episodes
-    under way."""
+    """B: the trajectories of the last `capacity` steps whose episodes have ended, and the episodes under way.
 
-    def __init__(self, capacity: int, num_envs: int, num_rollouts: int, start_states: str, gamma: float):
-        self.capacity, self.num_rollouts, self.start_states, self.gamma = capacity, num_rollouts, start_states, gamma
-        self.rollouts: list[Rollout] = []  # oldest first
-        self.trajectories: list[tuple[float, Tuples]] = []  # (return, tuples), oldest first
+    Every tenth trajectory is held out: the backtracking model never sees it, so that it can be tested on it.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, start_states: str, gamma: float):
+        self.capacity, self.start_states, self.gamma = capacity, start_states, gamma
+        self.trajectories: list[tuple[float, bool, Tuples]] = []  # (return, held out, tuples), oldest first
+        self.number = 0  # of trajectories so far
         self.under_way: list[list[Rollout]] = [[] for _ in range(num_envs)]
 
     def add(self, rollout: Rollout) -> None:
-        self.rollouts = [*self.rollouts, rollout][-self.num_rollouts :]
         for i, parts in enumerate(self.under_way):
             own = Rollout(*(column[:, i] for column in rollout))
             start = 0
@@ -422,12 +420,13 @@ class TrajectoryBuffer:
                 tuples = self._tuples(Rollout(*map(np.concatenate, zip(*parts, strict=True))))
                 parts.clear()
                 start = end
-                self.trajectories.append((float(tuples.rewards.sum()), tuples))
+                self.trajectories.append((float(tuples.rewards.sum()), self.number % 10 == 9, tuples))
+                self.number += 1
             if start < len(own.rewards):
                 parts.append(Rollout(*(column[start:] for column in own)))
-        steps = sum(len(tuples.rewards) for _, tuples in self.trajectories)
+        steps = sum(len(tuples.rewards) for _, _, tuples in self.trajectories)
         while len(self.trajectories) > 1 and steps > self.capacity:
-            steps -= len(self.trajectories.pop(0)[1].rewards)
+            steps -= len(self.trajectories.pop(0)[2].rewards)
 
     def _tuples(self, episode: Rollout) -> Tuples:
         """The tuples of an episode. No trace may start in a terminal state: its value is -inf."""
@@ -437,25 +436,28 @@ class TrajectoryBuffer:
             for t in reversed(range(len(values) - 1)):
                 values[t] = episode.rewards[t + 1] + self.gamma * values[t + 1]
         values[episode.terminated] = -np.inf
-        return Tuples(episode.states, episode.actions, episode.rewards, episode.next_states, values)
+        actions, times = episode.actions.clip(-1, 1), np.arange(len(values))
+        return Tuples(episode.states, actions, episode.rewards, episode.next_states, values, times)
 
     def state_dict(self) -> dict:
-        columns = zip(*(tuples for _, tuples in self.trajectories), strict=True)
+        columns = zip(*(tuples for *_, tuples in self.trajectories), strict=True)
         under_way = [zip(*parts, strict=True) for parts in self.under_way]
         return {
-            "rollouts": [[as_tensor(column.copy(), "cpu") for column in rollout] for rollout in self.rollouts],
             "columns": [as_tensor(np.concatenate(column), "cpu") for column in columns],
-            "lengths": [len(tuples.rewards) for _, tuples in self.trajectories],
+            "lengths": [len(tuples.rewards) for *_, tuples in self.trajectories],
+            "number": self.number,
             "under_way": [[as_tensor(np.concatenate(column), "cpu") for column in columns] for columns in under_way],
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.rollouts = [Rollout(*(column.numpy() for column in columns)) for columns in state["rollouts"]]
-        ends = np.cumsum(state["lengths"], dtype=int)
+        ends, first = np.cumsum(state["lengths"], dtype=int), state["number"] - len(state["lengths"])
         columns = [np.split(column.numpy(), ends[:-1]) for column in state["columns"]]
-        trajectories = [Tuples(*part) for part in zip(*columns, strict=True)]
-        self.trajectories = [(float(tuples.rewards.sum()), tuples) for tuples in trajectories]
+        self.trajectories = [
+            (float(tuples.rewards.sum()), (first + i) % 10 == 9, tuples)
+            for i, tuples in enumerate(Tuples(*part) for part in zip(*columns, strict=True))
+        ]
         self.under_way = [[Rollout(*(x.numpy() for x in columns))] if columns else [] for columns in state["under_way"]]
+        self.number = state["number"]
 
 
 # ------------------------------------------------------------------------------------------------------ TRPO
@@ -551,38 +553,30 @@ def conjugate_gradients(product, b: torch.Tensor, iterations: int) -> torch.Tens
     return x
 
 
-def natural_step(actor: Actor, gradient, states, actions, advantages, max_kl: float, lr: float, args: Args):
-    """`lr` times the natural gradient, shortened until the mean KL divergence on states (n, S) is within `max_kl` and
-    the surrogate of actions (n, A) with advantages (n,) improves, or no step (Schulman et al., 2015).
-
-    Returns gain of the surrogate, KL divergence and how often the line search shortened the step.
-    """
-    weights = parameters_to_vector(actor.parameters()).detach()
-    old_policy, old_log_probs = [part.detach() for part in actor(states)], actor.log_prob(states, actions).detach()
-    product = fisher_matrix(actor, states, args.cg_damping)
-    direction = conjugate_gradients(product, gradient, args.cg_iterations)
-    step = direction * (2 * max_kl / (direction @ product(direction)).clamp(min=1e-20)).sqrt().clamp(max=lr)
-    with torch.no_grad():
-        for i in range(args.line_search_steps):
-            vector_to_parameters(weights + 0.8**i * step, actor.parameters())
-            gain = (advantages * (actor.log_prob(states, actions) - old_log_probs).exp()).mean() - advantages.mean()
-            kl = kl_divergence(*old_policy, *actor(states))
-            if gain > 0 and kl <= max_kl:
-                return gain, kl, torch.tensor(float(i))
-    vector_to_parameters(weights, actor.parameters())
-    return torch.zeros(()), torch.zeros(()), torch.tensor(float(args.line_search_steps))
-
-
 def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
     """One natural gradient step within the trust region (Schulman et al., 2015) on states (n, S), actions (n, A) and
     advantages (n,); returns losses."""
-    log_probs = actor.log_prob(states, actions)
-    # The ratio pi / pi_old of the surrogate is 1 here, but its gradient is that of log pi.
-    surrogate = (advantages * (log_probs - log_probs.detach()).exp()).mean()
+    weights = parameters_to_vector(actor.parameters()).detach()
+    old_policy = [part.detach() for part in actor(states)]
+    old_log_probs = actor.log_prob(states, actions)
+    # The ratio pi / pi_old is 1 here, but its gradient is that of log pi.
+    surrogate = (advantages * (old_log_probs - old_log_probs.detach()).exp()).mean()
     gradient = parameters_to_vector(torch.autograd.grad(surrogate, [*actor.parameters()]))
-    gain, kl, steps = natural_step(actor, gradient, states, actions, advantages, args.max_kl, math.inf, args)
+    product = fisher_matrix(actor, states, args.cg_damping)
+    direction = conjugate_gradients(product, gradient, args.cg_iterations)
+    step = direction * (2 * args.max_kl / (direction @ product(direction)).clamp(min=1e-20)).sqrt()
+    with torch.no_grad():
+        for i in range(args.line_search_steps):
+            vector_to_parameters(weights + 0.8**i * step, actor.parameters())
+            gain = (advantages * (actor.log_prob(states, actions) - old_log_probs).exp()).mean() - surrogate
+            kl = kl_divergence(*old_policy, *actor(states))
+            if gain > 0 and kl <= args.max_kl:
+                break
+        else:
+            vector_to_parameters(weights, actor.parameters())
+            gain, kl, i = torch.zeros(()), torch.zeros(()), args.line_search_steps
     entropy = (actor.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().detach()
-    losses = {"policy_loss": -gain, "kl": kl, "entropy": entropy, "line_search_steps": steps}
+    losses = {"policy_loss": -gain, "kl": kl, "entropy": entropy, "line_search_steps": torch.tensor(float(i))}
     return {f"losses/{name}": loss for name, loss in losses.items()}
 
 
@@ -599,53 +593,40 @@ def update_critic(critic: Critic, optimizer, states, returns, args: Args, rng) -
     return {"losses/value_loss": loss.detach()}
 
 
-def advantages_and_returns(critic: Critic, rollout: Rollout, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all steps of the rollout, (num_steps * num_envs,) each, by this critic."""
-    states = (as_tensor(x, args.device).flatten(0, 1) for x in (rollout.states, rollout.next_states))
-    with torch.no_grad():
-        values, next_values = (critic(x).cpu().numpy().reshape(rollout.rewards.shape) for x in states)
-    advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
-    return as_tensor(advantages.ravel(), args.device), as_tensor((advantages + values).ravel(), args.device)
-
-
-def normalised(values: torch.Tensor) -> torch.Tensor:
-    return (values - values.mean()) / (values.std() + 1e-8)
-
-
 def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args, rng) -> dict[str, torch.Tensor]:
     """One iteration of trust region policy optimization; returns losses."""
-    states, actions = (as_tensor(column, args.device).flatten(0, 1) for column in (rollout.states, rollout.actions))
-    advantages, returns = advantages_and_returns(critic, rollout, args)
-    losses = update_actor(actor, states, actions, normalised(advantages), args)
+    states, next_states, actions = (
+        as_tensor(column, args.device).flatten(0, 1)
+        for column in (rollout.states, rollout.next_states, rollout.actions)
+    )
+    with torch.no_grad():
+        values, next_values = (critic(s).cpu().numpy().reshape(rollout.rewards.shape) for s in (states, next_states))
+    advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
+    returns = as_tensor((advantages + values).ravel(), args.device)
+    advantages = as_tensor(advantages.ravel(), args.device)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    losses = update_actor(actor, states, actions, advantages, args)
     losses |= update_critic(critic, optimizer, states, returns, args, rng)
-    return losses | {"losses/explained_variance": 1 - advantages.var() / returns.var()}
+    explained = 1 - (returns - as_tensor(values.ravel(), args.device)).var() / returns.var()
+    return losses | {"losses/explained_variance": explained}
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
 
 
-def high_value_states(buffer: TrajectoryBuffer, critic: Critic, args: Args, rng) -> Tuples | None:
-    """The tuples that the backtracking model learns from; traces start at their next states (Alg. 1, line 8).
+def high_value_states(buffer: TrajectoryBuffer, args: Args) -> Tuples:
+    """Of the trajectories of highest return in B (k_traj) the most valuable tuples (k), best first (Alg. 1, line 8).
 
-    With `--start-states advantage` all tuples of the newest rollouts, in random order, and the advantages of their
-    actions by the critic of now. Else the most valuable tuples (k) of the trajectories of highest return (k_traj), best
-    first, without those with a terminal next state: it has no value, and no recall trace can start there.
+    Without those with a terminal next state: it has no value, and no recall trace can start there.
     """
-    if args.start_states == "advantage":
-        columns = [[column.reshape(-1, *column.shape[2:]) for column in rollout] for rollout in buffer.rollouts]
-        rollout = Rollout(*map(np.concatenate, zip(*columns, strict=True)))
-        advantages = [advantages_and_returns(critic, rollout, args)[0] for rollout in buffer.rollouts]
-        values = normalised(torch.cat(advantages)).cpu().numpy()
-        tuples = Tuples(rollout.states, rollout.actions, rollout.rewards, rollout.next_states, values)
-        chosen = rng.permutation(len(values))
-    elif buffer.trajectories:
-        best = sorted(buffer.trajectories, key=lambda part: -part[0])[: args.top_trajectories]
-        tuples = Tuples(*map(np.concatenate, zip(*(tuples for _, tuples in best), strict=True)))
-        chosen = np.argsort(-tuples.values, kind="stable")[: max(2, round(args.top_fraction * len(tuples.values)))]
-        chosen = chosen[np.isfinite(tuples.values[chosen])]
-    else:
-        return None
-    return Tuples(*(as_tensor(column[chosen], args.device) for column in tuples)) if len(chosen) > 1 else None
+    seen = [(value, tuples) for value, held_out, tuples in buffer.trajectories if not held_out]
+    if not seen:
+        return Tuples(*(torch.zeros(0) for _ in Tuples._fields))
+    best = sorted(seen, key=lambda part: -part[0])[: args.top_trajectories]
+    tuples = Tuples(*map(np.concatenate, zip(*(tuples for _, tuples in best), strict=True)))
+    chosen = np.argsort(-tuples.values, kind="stable")[: max(2, round(args.top_fraction * len(tuples.values)))]
+    chosen = chosen[np.isfinite(tuples.values[chosen])]
+    return Tuples(*(as_tensor(column[chosen], args.device) for column in tuples))
 
 
 def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuples, rows: torch.Tensor) -> dict:
@@ -703,7 +684,7 @@ def forward_traces(
     for _ in range(length):
         states.append(state)
         mean, log_std = actor(state)
-        actions.append(mean + log_std.exp() * normal(rng, mean.shape, mean.device))
+        actions.append((mean + log_std.exp() * normal(rng, mean.shape, mean.device)).clamp(-1, 1))
         noise = args.state_noise * normal(rng, (len(state), state.shape[1] + 1), state.device)
         state, reward = model.sample(state, actions[-1], noise)
         rewards.append(reward)
@@ -719,50 +700,35 @@ def forward_traces(
     return torch.stack(states), torch.stack(actions), in_trace * advantages / scale
 
 
-def trace_weights(in_trace: torch.Tensor, values: torch.Tensor, args: Args) -> torch.Tensor:
-    """What each step (length, N) of traces from tuples with values (N,) weighs in Eq. (3), 0 where the trace has ended.
-
-    With `--start-states advantage` it is the advantage with which the trace begins, less with each step. Real
-    predecessors, errors of V in place of advantages and the decay gamma lambda would make Eq. (3) the policy gradient
-    with GAE, in its backward view (Sutton and Barto, 2018, section 12.2): a trace is an imagined eligibility trace.
-    """
-    if args.start_states != "advantage":
-        return in_trace.float()
-    steps = torch.arange(len(in_trace), device=in_trace.device)[:, None]
-    return in_trace * values * args.trace_decay**steps
-
-
 def split_traces(states, actions, weights, num_traces: int) -> list[tuple[torch.Tensor, ...]]:
     """The pairs (n, S) and (n, A) of so many traces at a time, of traces (length, N, ...), and weights (n,) but 0."""
     parts = zip(*(column.split(num_traces, dim=1) for column in (states, actions, weights)), strict=True)
     return [(states[weights != 0], actions[weights != 0], weights[weights != 0]) for states, actions, weights in parts]
 
 
-def imitate(actor: Actor, traces, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
-    """One natural gradient step that raises log pi(a | s) on the pairs of traces by their weights (Alg. 1, lines 12 and
-    13); returns losses.
+def imitate(actor: Actor, optimizer, traces: list, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
+    """Steps that raise log pi(a | s) on the pairs of traces (Alg. 1, lines 12 and 13), shortened until the policy has
+    changed by no more than --imitation-kl on the states (n, S) of the last rollout; returns losses."""
+    before = parameters_to_vector(actor.parameters()).detach()
+    old_policy, losses = [part.detach().clone() for part in actor(states)], {}
+    for trace_states, actions, weights in traces:
+        if len(weights) == 0:
+            continue
+        loss = -(weights * actor.log_prob(trace_states, actions)).mean()  # Eq. (3), its mean over the pairs
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses["recall/imitation_loss"] = loss.detach()
+    with torch.no_grad():
+        change = parameters_to_vector(actor.parameters()) - before
+        while (kl := kl_divergence(*old_policy, *actor(states))) > args.imitation_kl:
+            change *= 0.8
+            vector_to_parameters(before + change, actor.parameters())
+    return losses | {"recall/imitation_kl": kl}
 
-    The line search has the last word: on states (n, S), actions (n, A) and advantages (n,) of a rollout that no trace
-    knows, the policy must change by no more than --imitation-kl and get better. Its standard deviation stays as it is:
-    how far imagined actions scatter says nothing about it.
-    """
-    trace_states, trace_actions, weights = traces
-    if len(weights) == 0:
-        return {}
-    loss = -(weights * actor.log_prob(trace_states, trace_actions)).mean()  # Eq. (3), its mean over the pairs
-    gradient = torch.autograd.grad(-loss, [*actor.net.parameters()])
-    gradient = parameters_to_vector((torch.zeros_like(actor.log_std), *gradient))
-    bounds = args.imitation_kl, args.imitation_lr
-    gain, kl, _ = natural_step(actor, gradient, states, actions, advantages, *bounds, args)
-    losses = {"imitation_loss": loss.detach(), "imitation_gain": gain, "imitation_kl": kl}
-    return {f"recall/{name}": value for name, value in losses.items()}
 
-
-def default_trace_length(args: Args) -> int:
-    """3 steps, or those of Table 1."""
-    env_id = args.env_id
-    if args.start_states == "advantage":
-        return 3
+def default_trace_length(env_id: str) -> int:
+    """Table 1."""
     return 10 if env_id.startswith("Hopper") else 50 if env_id.startswith(("Ant", "Humanoid")) else 20
 
 
@@ -778,19 +744,19 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare_traces(model: BacktrackingModel, rollout: Rollout, length: int, args: Args, rng: np.random.Generator):
-    """Recall traces beside what really led to 256 states of a rollout that the model has not learned from."""
-    steps, num_envs = rollout.rewards.shape
-    chosen = np.linspace(0, rollout.rewards.size - 1, min(256, rollout.rewards.size)).astype(int)
-    times, envs = np.arange(steps)[:, None] - np.arange(length), chosen % num_envs  # of the predecessors of each step
-    ended = np.zeros((steps, num_envs, length), dtype=bool)
-    ended[..., 1:] = (rollout.terminated | rollout.truncated)[times[:, 1:].clip(min=0)].swapaxes(1, 2)
-    known = ~np.logical_or.accumulate(ended, axis=2) & (times >= 0)[:, None]
-    times, known = times[chosen // num_envs].T, known[chosen // num_envs, envs].T
-    real = as_tensor(rollout.states[times.clip(min=0), envs], args.device)
-    starts = as_tensor(rollout.next_states[chosen // num_envs, envs], args.device)
-    traces = recall_traces(model, starts, length, args, rng)
-    return Comparison(starts, real, as_tensor(known, args.device), *traces)
+def compare_traces(model: BacktrackingModel, buffer: TrajectoryBuffer, length: int, args: Args, rng):
+    """Recall traces beside what really led to the high-value states; the model has not learned from these tuples."""
+    held_out = [tuples for _, held_out, tuples in buffer.trajectories if held_out]
+    if not held_out:
+        return None
+    tuples = Tuples(*map(np.concatenate, zip(*held_out, strict=True)))
+    ends = np.sort(np.argsort(-tuples.values, kind="stable")[: max(1, round(args.top_fraction * len(tuples.values)))])
+    ends = ends[:: max(1, len(ends) // 256)]
+    steps = np.arange(length)[:, None]
+    known = as_tensor(tuples.times[ends] >= steps, args.device)
+    real = as_tensor(tuples.states[np.maximum(ends - steps, 0)], args.device)
+    starts = as_tensor(tuples.next_states[ends], args.device)
+    return Comparison(starts, real, known, *recall_traces(model, starts, length, args, rng))
 
 
 def trace_errors(model: BacktrackingModel, compared: Comparison) -> torch.Tensor:
@@ -910,8 +876,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-AT_MOST = {"seed": 2**63 - 1, "num_envs": 1024}
-AT_MOST |= dict.fromkeys(("gamma", "gae_lambda", "top_fraction", "recall_until", "trace_decay"), 1)
+AT_MOST = {"gamma": 1, "gae_lambda": 1, "top_fraction": 1, "recall_until": 1, "seed": 2**63 - 1, "num_envs": 1024}
 AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size", "hidden"), 10**5)
 AT_MOST |= dict.fromkeys(("recall_updates", "buffer_size", "top_trajectories"), 10**9)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
@@ -1059,7 +1024,7 @@ def main(args: Args) -> None:
         args = replace(args, run_dir=args.run_dir or Path("runs", name))
         args.total_timesteps = 500_000 if args.total_timesteps is None else args.total_timesteps
         if args.trace_length is None:
-            args.trace_length = default_trace_length(args)
+            args.trace_length = default_trace_length(args.env_id)
         check(args)
         make_run_dir(args.run_dir)
 
@@ -1082,9 +1047,10 @@ def main(args: Args) -> None:
         else:
             model = BacktrackingModel(state_dim, action_dim).to(args.device)  # Alg. 1, line 2
             update_model = update_backtracking_model
-        buffer = TrajectoryBuffer(args.buffer_size, args.num_envs, args.recall_every, args.start_states, args.gamma)
+        buffer = TrajectoryBuffer(args.buffer_size, args.num_envs, args.start_states, args.gamma)
+        imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
         kind = "forward" if args.recall == "forward" else "backtracking"
-        parts |= {f"{kind}_model": model, "buffer": buffer}
+        parts |= {f"{kind}_model": model, "buffer": buffer, "imitation_optimizer": imitation_optimizer}
         if args.recall != "random":
             model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
             parts[f"{kind}_optimizer"] = model_optimizer
@@ -1149,7 +1115,7 @@ def main(args: Args) -> None:
         if args.recall == "forward" or "recall/start_value" not in losses:  # no recall phase yet
             return None
         rng = np.random.default_rng([args.seed, 3, step])
-        return compare_traces(model, buffer.rollouts[-1], args.trace_length, args, rng)
+        return compare_traces(model, buffer, args.trace_length, args, rng)
 
     def write_pictures() -> None:
         pictures = {"returns": draw_returns(evaluations, f"{args.env_id}, recall {args.recall}, seed {args.seed}")}
@@ -1178,38 +1144,36 @@ def main(args: Args) -> None:
             # Alg. 1, line 4: execute the policy
             rollout, ended = collect_rollout(episodes, actor, args.num_steps, rngs["rollout"])
             finished += ended
-            states, actions = (as_tensor(x, args.device).flatten(0, 1) for x in (rollout.states, rollout.actions))
-            due = 0 < step <= args.recall_until * args.total_timesteps and step // batch % args.recall_every == 0
-            tuples, rng = None, rngs.get("recall")
-            if args.recall != "none" and due:
-                tuples = high_value_states(buffer, critic, args, rng)  # Alg. 1, line 8
-            if tuples is not None:
-                model.normalise_by(tuples)
-                if args.recall != "random":
-                    shape = args.backtracking_updates, args.backtracking_batch_size
-                    for rows in as_tensor(rng.integers(len(tuples.values), size=shape), args.device):
-                        losses |= update_model(model, model_optimizer, tuples, rows)  # Alg. 1, line 9
-                # Alg. 1, lines 10 and 11: recall traces from the most valuable states, or by their advantage
-                chosen = rng.permutation(args.num_traces * args.recall_updates) % len(tuples.values)
-                losses["recall/start_value"] = tuples.values[chosen].mean()
-                if args.recall == "forward":
-                    traces = forward_traces(model, actor, critic, tuples.states[chosen], args.trace_length, args, rng)
-                else:
-                    traces = recall_traces(model, tuples.next_states[chosen], args.trace_length, args, rng)
-                    traces = *traces[:2], trace_weights(traces[2], tuples.values[chosen], args)
-                # Alg. 1, lines 12 and 13: imitate them; the new rollout, which they do not know, judges the result
-                traces = split_traces(*traces, args.num_traces)
-                advantages = normalised(advantages_and_returns(critic, rollout, args)[0])
-                for part in traces:
-                    losses |= imitate(actor, part, states, actions, advantages, args)
             # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
             losses |= update_trpo(actor, critic, optimizer, rollout, args, rngs["update"])
+            states = as_tensor(rollout.states, args.device).flatten(0, 1)
             if args.normalise_states:
-                normaliser.add(states)  # only now, so that rollout and updates saw the same policy
-            if args.recall != "none":
-                buffer.add(rollout)  # Alg. 1, line 5
+                normaliser.add(states)  # only now, so that rollout and update saw the same policy
             step += batch
             progress.update(batch)
+            if args.recall == "none":
+                continue
+
+            buffer.add(rollout)  # Alg. 1, line 5
+            if step // batch % args.recall_every or step > args.recall_until * args.total_timesteps:
+                continue
+            tuples, rng = high_value_states(buffer, args), rngs["recall"]  # Alg. 1, line 8
+            if len(tuples.values) < 2:
+                continue
+            model.normalise_by(tuples)
+            if args.recall != "random":
+                shape = args.backtracking_updates, args.backtracking_batch_size
+                for rows in as_tensor(rng.integers(len(tuples.values), size=shape), args.device):
+                    losses |= update_model(model, model_optimizer, tuples, rows)  # Alg. 1, line 9
+            # Alg. 1, lines 10 and 11: recall traces from the most valuable states
+            chosen = rng.permutation(args.num_traces * args.recall_updates) % len(tuples.values)
+            losses["recall/start_value"] = tuples.values[chosen].mean()
+            if args.recall == "forward":
+                traces = forward_traces(model, actor, critic, tuples.states[chosen], args.trace_length, args, rng)
+            else:
+                traces = recall_traces(model, tuples.next_states[chosen], args.trace_length, args, rng)
+            # Alg. 1, lines 12 and 13: imitate them
+            losses |= imitate(actor, imitation_optimizer, split_traces(*traces, args.num_traces), states, args)
 
         save_checkpoint()
         log()

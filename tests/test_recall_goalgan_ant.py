@@ -42,7 +42,6 @@ def rollouts(count, num_steps=30, num_envs=6, goals=((0.1, 0.1), (0.35, 0.0), (4
 
 
 SAME = ["mlp", "Normaliser", "Actor", "Critic", "generalized_advantages", "kl_divergence"]
-SAME += ["advantages_and_returns", "normalised", "natural_step"]
 SAME += ["fisher_matrix", "conjugate_gradients", "update_actor", "update_critic", "update_trpo"]
 SAME += ["update_backtracking_model", "recall_traces", "trace_errors", "draw_traces"]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.distributions import Independent, Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 import recall_trpo as script
 from recall_trpo import (
@@ -55,7 +55,7 @@ def policy(actor, states):
 def random_tuples(size=64, seed=0):
     states, next_states = randn(size, STATE_DIM, seed=seed), randn(size, STATE_DIM, seed=seed + 1)
     actions, rewards = randn(size, ACTION_DIM, seed=seed + 2).tanh(), randn(size, seed=seed + 3)
-    return Tuples(states, actions, rewards, next_states, randn(size, seed=seed + 4))
+    return Tuples(states, actions, rewards, next_states, randn(size, seed=seed + 4), torch.arange(size))
 
 
 def sgd(parameters, lr=0.1):
@@ -309,7 +309,7 @@ def whole_episodes(made):
         parts = [[] for _ in range(rollout.rewards.shape[1])]
         for i in range(rollout.rewards.shape[1]):
             for t in range(len(rollout.rewards)):
-                row = rollout.states[t, i], rollout.actions[t, i], rollout.rewards[t, i]
+                row = rollout.states[t, i], rollout.actions[t, i].clip(-1, 1), rollout.rewards[t, i]
                 under_way.setdefault(i, []).append((*row, rollout.next_states[t, i], rollout.terminated[t, i]))
                 if rollout.terminated[t, i] or rollout.truncated[t, i]:
                     parts[i].append(under_way.pop(i))
@@ -319,29 +319,29 @@ def whole_episodes(made):
 
 @pytest.mark.parametrize("start_states", ["return", "reward"])
 def test_the_buffer_holds_the_newest_whole_trajectories_with_the_values_of_their_next_states(start_states):
-    made, buffer = rollouts(30), TrajectoryBuffer(60, 2, 3, start_states, gamma=0.9)
+    made, buffer = rollouts(30), TrajectoryBuffer(60, 2, start_states, gamma=0.9)
     for rollout, _ in made:
         buffer.add(rollout)
     episodes, lengths = whole_episodes(made), [len(tuples.rewards) for *_, tuples in buffer.trajectories]
     assert 50 < sum(lengths) <= 60 < sum(map(len, episodes))
+    assert buffer.number == len(episodes)
     first = len(episodes) - len(lengths)
-    for n, (total, tuples) in enumerate(buffer.trajectories):
+    for n, (total, held_out, tuples) in enumerate(buffer.trajectories):
         episode = episodes[first + n]
         states, actions, rewards, next_states, terminated = map(np.array, zip(*episode, strict=True))
+        assert held_out == ((first + n) % 10 == 9)
         assert total == pytest.approx(rewards.sum(), rel=1e-5, abs=1e-6)
         for column, expected in zip(tuples[:4], (states, actions, rewards, next_states), strict=True):
             assert np.array_equal(column, expected)
+        assert tuples.times.tolist() == [*range(len(episode))]
         for t in range(len(episode)):
             later = sum(0.9**k * reward for k, reward in enumerate(rewards[t + 1 :]))
             value = later if start_states == "return" else rewards[t]
             assert tuples.values[t] == pytest.approx(-math.inf if terminated[t] else value, rel=1e-4, abs=1e-5)
-    assert [rollout.rewards.tolist() for rollout in buffer.rollouts] == [
-        made[n][0].rewards.tolist() for n in (27, 28, 29)
-    ]
 
 
 def test_the_buffer_keeps_one_trajectory_that_is_longer_than_itself():
-    buffer = TrajectoryBuffer(3, 2, 1, "return", gamma=0.9)
+    buffer = TrajectoryBuffer(3, 2, "return", gamma=0.9)
     for rollout, _ in rollouts(4):
         buffer.add(rollout)
     assert len(buffer.trajectories) == 1
@@ -349,7 +349,7 @@ def test_the_buffer_keeps_one_trajectory_that_is_longer_than_itself():
 
 def test_a_saved_buffer_goes_on_where_it_was(tmp_path):
     made = rollouts(12)
-    one, other = (TrajectoryBuffer(60, 2, 4, "return", gamma=0.9) for _ in range(2))
+    one, other = (TrajectoryBuffer(60, 2, "return", gamma=0.9) for _ in range(2))
     for rollout, _ in made[:7]:
         one.add(rollout)
     torch.save(one.state_dict(), tmp_path / "buffer.pt")
@@ -357,50 +357,27 @@ def test_a_saved_buffer_goes_on_where_it_was(tmp_path):
     for rollout, _ in made[7:]:
         one.add(rollout)
         other.add(rollout)
-    for (total, tuples), part in zip(one.trajectories, other.trajectories, strict=True):
-        assert total == part[0]
-        assert all(np.array_equal(*pair) for pair in zip(tuples, part[1], strict=True))
-    for rollout, part in zip(one.rollouts, other.rollouts, strict=True):
-        assert all(np.array_equal(*pair) for pair in zip(rollout, part, strict=True))
+    assert one.number == other.number
+    for (total, held_out, tuples), part in zip(one.trajectories, other.trajectories, strict=True):
+        assert (total, held_out) == part[:2]
+        assert all(np.array_equal(*pair) for pair in zip(tuples, part[2], strict=True))
 
 
-def test_high_value_states_are_the_best_tuples_of_the_best_trajectories_and_never_terminal():
-    buffer, (_, critic), rng = TrajectoryBuffer(10**6, 2, 1, "return", gamma=0.9), networks(), np.random.default_rng(0)
-    args = Args(start_states="return", top_trajectories=8, top_fraction=0.5)
-    assert script.high_value_states(buffer, critic, args, rng) is None
+def test_high_value_states_are_the_best_tuples_of_the_best_trajectories_and_never_terminal_or_held_out():
+    buffer = TrajectoryBuffer(10**6, 2, "return", gamma=0.9)
     for rollout, _ in rollouts(40):
         buffer.add(rollout)
-    tuples = script.high_value_states(buffer, critic, args, rng)
-    seen = sorted(buffer.trajectories, key=lambda part: -part[0])[:8]
-    values = np.concatenate([part[1].values for part in seen])
+    tuples = script.high_value_states(buffer, Args(top_trajectories=8, top_fraction=0.5))
+    seen = sorted([part for part in buffer.trajectories if not part[1]], key=lambda part: -part[0])[:8]
+    values = np.concatenate([part[2].values for part in seen])
     best = np.sort(values)[::-1][: round(0.5 * len(values))]
     assert tuples.values.tolist() == pytest.approx(best[np.isfinite(best)].tolist())
-    known = {tuple(row) for part in seen for row in part[1].next_states.tolist()}
+    known = {tuple(row) for part in seen for row in part[2].next_states.tolist()}
     assert {tuple(row) for row in tuples.next_states.tolist()} <= known
-    args = Args(start_states="return", top_trajectories=10**6, top_fraction=1.0)
-    assert script.high_value_states(buffer, critic, args, rng).values.isfinite().all()
-    assert not np.isfinite(np.concatenate([part[1].values for part in buffer.trajectories])).all()
-
-
-def test_by_advantage_all_tuples_of_the_newest_rollouts_are_taken_with_their_advantages_by_the_critic_of_now():
-    made, (_, critic), args = rollouts(4), networks(), Args(gamma=0.9, gae_lambda=0.8)
-    buffer = TrajectoryBuffer(10**6, 2, 3, "advantage", gamma=0.9)
-    for rollout, _ in made:
-        buffer.add(rollout)
-    expected, advantages = {}, []
-    for rollout, _ in made[1:]:
-        with torch.no_grad():
-            values, next_values = (critic(torch.from_numpy(x)).numpy() for x in (rollout.states, rollout.next_states))
-        of_rollout = script.generalized_advantages(rollout, values, next_values, 0.9, 0.8).ravel()
-        columns = (column.reshape(len(of_rollout), -1) for column in (rollout.states, rollout.actions))
-        keys = map(tuple, np.concatenate([*columns], axis=1).tolist())
-        expected |= dict(zip(keys, of_rollout, strict=True))
-        advantages += of_rollout.tolist()
-    tuples = script.high_value_states(buffer, critic, args, np.random.default_rng(0))
-    assert len(tuples.values) == len(advantages) == len(expected) == 30
-    for row, value in zip(torch.cat((tuples.states, tuples.actions), dim=1).tolist(), tuples.values, strict=True):
-        exact = (expected[tuple(row)] - np.mean(advantages)) / np.std(advantages, ddof=1)
-        assert float(value) == pytest.approx(exact, rel=1e-3, abs=1e-4)
+    everything = script.high_value_states(buffer, Args(top_trajectories=10**6, top_fraction=1.0))
+    assert everything.values.isfinite().all()
+    assert not np.isfinite(np.concatenate([part[2].values for part in buffer.trajectories])).all()
+    assert len(script.high_value_states(TrajectoryBuffer(9, 2, "return", 0.9), Args()).values) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
@@ -484,7 +461,7 @@ def linear():
         states.append(states[-1] @ rotation.T + action @ pushes.T)
     states, actions = torch.stack(states[20:]), torch.stack(actions[20:])
     now, later = states[:-1].flatten(0, 1), states[1:].flatten(0, 1)
-    tuples = Tuples(now, actions.flatten(0, 1), now[:, 0], later, now[:, 0])
+    tuples = Tuples(now, actions.flatten(0, 1), now[:, 0], later, now[:, 0], torch.arange(len(now)))
     models, rng = (fitted(tuples), fitted(tuples, ForwardModel)), np.random.default_rng(0)
     updates = script.update_backtracking_model, script.update_forward_model
     for model, update in zip(models, updates, strict=True):
@@ -519,6 +496,7 @@ def test_imagined_experience_follows_a_system_with_known_linear_dynamics(linear)
     rng = np.random.default_rng(0)
     states, actions, advantages = script.forward_traces(model, actor, critic, starts, 4, args, rng)
     assert torch.equal(states[0], starts)
+    assert actions.abs().max() <= 1
     spread = tuples.states.std(0)
     next_states = states @ rotation.T + actions @ pushes.T
     inside = advantages[1:] != 0
@@ -560,34 +538,7 @@ def test_a_trace_ends_where_it_leaves_the_data_and_its_numbers_stay_finite(linea
     [("Ant-v5", 50), ("Humanoid-v5", 50), ("HalfCheetah-v5", 20), ("Walker2d-v5", 20), ("Hopper-v5", 10)],
 )
 def test_traces_are_as_long_as_in_table_1(env_id, length):
-    assert script.default_trace_length(Args(env_id=env_id, start_states="return")) == length
-    assert script.default_trace_length(Args(env_id=env_id)) == 3
-
-
-def test_a_trace_weighs_as_much_as_its_advantage_and_less_with_each_step():
-    in_trace, values = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1]]).bool(), torch.tensor([2.0, -1.0, 0.5])
-    weights = script.trace_weights(in_trace, values, Args(trace_decay=0.7))
-    expected = torch.tensor([[2.0, -1.0, 0.5], [1.4, 0.0, 0.35], [0.0, 0.0, 0.245]])
-    torch.testing.assert_close(weights, expected)
-    for start_states in ("return", "reward"):
-        assert torch.equal(script.trace_weights(in_trace, values, Args(start_states=start_states)), in_trace.float())
-
-
-def test_imagined_eligibility_traces_that_are_real_give_the_policy_gradient():
-    """With real predecessors, errors of V as values and the decay gamma lambda, Eq. (3) is the gradient with GAE."""
-    (actor, critic), (rollout, _) = networks(), rollouts(1, num_steps=4, limits=(6,))[0]
-    assert not (rollout.terminated | rollout.truncated)[:-1].any()
-    args, states, actions = Args(gamma=0.9, gae_lambda=0.8), *map(torch.from_numpy, (rollout.states, rollout.actions))
-    with torch.no_grad():
-        next_values = critic(torch.from_numpy(rollout.next_states)) * ~torch.from_numpy(rollout.terminated)
-        errors = (torch.from_numpy(rollout.rewards) + 0.9 * next_values - critic(states))[:, 0]
-    advantages, _ = script.advantages_and_returns(critic, rollout, args)
-    expected = (advantages * actor.log_prob(states[:, 0], actions[:, 0])).sum()
-    rows = torch.arange(4) - torch.arange(4)[:, None]  # of the predecessors, (length, N)
-    weights = script.trace_weights(rows >= 0, errors, Args(trace_decay=0.9 * 0.8))
-    made = (weights * actor.log_prob(states[rows.clamp(min=0), 0], actions[rows.clamp(min=0), 0])).sum()
-    for pair in zip(*(torch.autograd.grad(x, [*actor.parameters()]) for x in (made, expected)), strict=True):
-        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
+    assert script.default_trace_length(env_id) == length
 
 
 def test_traces_are_split_into_the_pairs_of_each_imitation_update():
@@ -602,99 +553,71 @@ def test_traces_are_split_into_the_pairs_of_each_imitation_update():
         assert some_weights.tolist() == [1.0] * len(expected)
 
 
-def some_traces():
-    return randn(50, STATE_DIM, seed=3), randn(50, ACTION_DIM, seed=4), randn(50, seed=6)
-
-
-def imitation_gradient(actor, traces):
-    """Of the mean of weight times log pi, Eq. (3); 0 for the standard deviation."""
-    states, actions, weights = traces
-    log_probs = (weights * policy(actor, states).log_prob(actions)).mean()
-    gradient = torch.autograd.grad(log_probs, [*actor.net.parameters()])
-    return float(-log_probs.detach()), parameters_to_vector((torch.zeros(ACTION_DIM), *gradient))
-
-
-def judge(actor, traces, size=200):
-    """A batch of states, actions and advantages on which the imitation of these traces is an improvement."""
-    states, better = randn(size, STATE_DIM, seed=5), copy.deepcopy(actor)
-    matrix = explicit_fisher_matrix(actor, states) + 0.1 * torch.eye(len(parameters_to_vector(actor.parameters())))
-    step = 1e-3 * torch.linalg.solve(matrix, imitation_gradient(actor, traces)[1])
-    vector_to_parameters(parameters_to_vector(actor.parameters()).detach() + step, better.parameters())
-    mean, log_std = (part.detach() for part in actor(states))
-    actions = mean + log_std.exp() * randn(size, ACTION_DIM, seed=7)
-    gain = (better.log_prob(states, actions) - actor.log_prob(states, actions)).detach()
-    return states, actions, script.normalised(gain)
-
-
-def test_imitation_is_a_natural_gradient_step_that_leaves_the_standard_deviation():
-    """Eq. (3), weighted, with a step size, as long as the trust region allows it"""
+def test_imitation_raises_the_log_probability_of_the_traces():
+    """Eq. (3), weighted"""
     actor, _ = networks()
-    old, traces = copy.deepcopy(actor), some_traces()
-    batch, (loss, gradient) = judge(actor, traces), imitation_gradient(actor, traces)
-    matrix = explicit_fisher_matrix(actor, batch[0]) + 0.1 * torch.eye(len(gradient))
-    args = Args(imitation_lr=1e-2, imitation_kl=1e9, cg_iterations=200)
-    losses = script.imitate(actor, traces, *batch, args)
-    step = parameters_to_vector(actor.parameters()).detach() - parameters_to_vector(old.parameters()).detach()
-    torch.testing.assert_close(step, 1e-2 * torch.linalg.solve(matrix, gradient), rtol=0.02, atol=1e-5)
-    assert torch.equal(actor.log_std, old.log_std)
-    assert float(losses["recall/imitation_loss"]) == pytest.approx(loss, rel=1e-4)
-    kl = float(exact_kl_divergence(policy(old, batch[0]), policy(actor, batch[0])).mean())
-    assert float(losses["recall/imitation_kl"]) == pytest.approx(kl, rel=1e-3, abs=1e-7)
-    old_log_probs = old.log_prob(*batch[:2]).detach()
-    gain = surrogate(actor, old_log_probs, *batch) - surrogate(old, old_log_probs, *batch)
-    assert float(losses["recall/imitation_gain"]) == pytest.approx(gain, rel=1e-2, abs=1e-6) and gain > 0
+    states, actions, weights = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1), randn(50, seed=2)
+    for weight in (torch.ones(50, dtype=torch.bool), weights):
+        trained, expected = copy.deepcopy(actor), copy.deepcopy(actor)
+        loss = -(weight * policy(expected, states).log_prob(actions)).mean()
+        parameters = [*expected.parameters()]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.data -= 0.01 * gradient
+        pairs, args = [(states, actions, weight)], Args(imitation_kl=1e9)
+        losses = script.imitate(trained, sgd(trained.parameters(), 0.01), pairs, states, args)
+        assert float(losses["recall/imitation_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+        for parameter, other in zip(trained.parameters(), parameters, strict=True):
+            torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-6)
+        kl = exact_kl_divergence(policy(actor, states), policy(trained, states)).mean()
+        assert float(losses["recall/imitation_kl"]) == pytest.approx(float(kl.detach()), rel=1e-3)
 
 
-@pytest.mark.parametrize("imitation_kl", [1e-4, 0.01])
+@pytest.mark.parametrize("imitation_kl", [0.0, 1e-4, 0.01])
 def test_imitation_changes_the_policy_no_more_than_it_may(imitation_kl):
     actor, _ = networks()
-    old, batch = copy.deepcopy(actor), judge(actor, some_traces())
-    losses = script.imitate(actor, some_traces(), *batch, Args(imitation_kl=imitation_kl))
-    kl = float(exact_kl_divergence(policy(old, batch[0]), policy(actor, batch[0])).mean())
-    assert 0.1 * imitation_kl <= kl <= imitation_kl + 1e-7
+    old, states = copy.deepcopy(actor), randn(100, STATE_DIM, seed=5)
+    pairs = [(randn(50, STATE_DIM, seed=n), randn(50, ACTION_DIM, seed=n + 9), torch.ones(50)) for n in range(5)]
+    losses = script.imitate(actor, sgd(actor.parameters(), 0.1), pairs, states, Args(imitation_kl=imitation_kl))
+    kl = float(exact_kl_divergence(policy(old, states), policy(actor, states)).mean())
+    assert 0.5 * imitation_kl <= kl <= imitation_kl + 1e-7
     assert float(losses["recall/imitation_kl"]) == pytest.approx(kl, abs=1e-6)
 
 
-@pytest.mark.parametrize("refused", ["no step is allowed", "a rollout gets worse", "no step is left"])
-def test_imitation_that_is_refused_leaves_the_policy_as_it_was(refused):
+def test_where_no_step_is_left_the_policy_stands_still():
     actor, _ = networks()
-    before, traces = parameters_to_vector(actor.parameters()).detach().clone(), some_traces()
-    states, actions, advantages = judge(actor, traces)
-    advantages = -advantages if refused == "a rollout gets worse" else advantages
-    if refused == "no step is left":
-        traces = torch.zeros(0, STATE_DIM), torch.zeros(0, ACTION_DIM), torch.zeros(0)
-    args = Args(imitation_kl=0.0 if refused == "no step is allowed" else 1e-3)
-    losses = script.imitate(actor, traces, states, actions, advantages, args)
+    before, nothing = parameters_to_vector(actor.parameters()).detach().clone(), torch.zeros(0)
+    pairs = [(torch.zeros(0, STATE_DIM), torch.zeros(0, ACTION_DIM), nothing)]
+    losses = script.imitate(actor, sgd(actor.parameters()), pairs, randn(9, STATE_DIM), Args())
     assert torch.equal(parameters_to_vector(actor.parameters()), before)
-    assert losses.get("recall/imitation_kl", 0.0) == losses.get("recall/imitation_gain", 0.0) == 0.0
-    assert (losses == {}) == (refused == "no step is left")
+    assert "recall/imitation_loss" not in losses
 
 
-def test_traces_are_compared_with_what_really_led_to_their_states():
-    rollout, _ = rollouts(1, num_steps=90, limits=(30, 12))[0]
-    tuples = Tuples(
-        *(torch.from_numpy(x).flatten(0, 1) for x in (rollout.states, rollout.actions)), *[torch.zeros(1)] * 3
-    )
-    model = fitted(tuples._replace(next_states=torch.from_numpy(rollout.next_states).flatten(0, 1)))
-    compared = script.compare_traces(model, rollout, 6, Args(), np.random.default_rng(0))
-    assert len(compared.starts) == 180
-    assert sorted(compared.starts.tolist()) == sorted(rollout.next_states.reshape(-1, 3).tolist())
+def test_traces_are_compared_with_what_really_led_to_their_high_value_states():
+    buffer = TrajectoryBuffer(10**6, 2, "return", gamma=0.9)
+    for rollout, _ in rollouts(60, limits=(30, 12)):
+        buffer.add(rollout)
+    everything = script.high_value_states(buffer, Args(top_trajectories=10**6, top_fraction=1.0))
+    model, rng = fitted(everything), np.random.default_rng(0)
+    compared = script.compare_traces(model, buffer, 6, Args(), rng)
+    held_out = np.concatenate([tuples.next_states for _, held_out, tuples in buffer.trajectories if held_out])
+    assert {tuple(row) for row in compared.starts.tolist()} <= {tuple(row) for row in held_out.tolist()}
     later = torch.cat((compared.starts[None], compared.real[:-1]))
     for step in range(6):
         known = compared.known[step]
         # the third number counts the steps of an episode, so it tells whether each is the predecessor of the last
         assert torch.equal(compared.real[step, known, 2], later[step, known, 2] - 1)
-        assert torch.equal(known, compared.starts[:, 2] > step)  # all that there are
+    assert compared.known[0].all() and not compared.known[-1].all()
     errors = script.trace_errors(model, compared)
     counted = compared.known[0] & compared.in_trace[0]
     distance = ((compared.imagined[0] - compared.real[0]) / model.state_std).square().mean(-1).sqrt()
     assert float(errors[0]) == pytest.approx(float(distance[counted].mean()), rel=1e-5)
+    assert script.compare_traces(model, TrajectoryBuffer(9, 2, "return", 0.9), 6, Args(), rng) is None
 
 
 # ------------------------------------------------------------------------------------------------------ main
 
 
-@pytest.mark.parametrize("recall_every, until, phases", [(1, 1.0, 7), (3, 1.0, 2), (2, 0.5, 2)])
+@pytest.mark.parametrize("recall_every, until, phases", [(1, 1.0, 8), (3, 1.0, 2), (2, 0.5, 2)])
 def test_recall_phases_come_as_often_and_as_long_as_told(recall_every, until, phases, tmp_path, monkeypatch):
     done, imitate = [], script.imitate
     monkeypatch.setattr(script, "imitate", lambda *args: done.append(1) or imitate(*args))
