@@ -7,6 +7,7 @@
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "pillow==13.0.0",
+#     "scipy==1.17.1",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
@@ -45,6 +46,7 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.spatial import KDTree
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -82,7 +84,7 @@ class Args:
     env_id: str = "AntUMaze-v0"
     """AntUMaze-v0, PointUMaze-v0 or PointMass-v0"""
     num_envs: int | None = None
-    """environments stepped side by side; if not given, 200 ants, 50 points in the maze, 100 in PointMass-v0"""
+    """environments stepped side by side; if not given, 200 ants or 100 points"""
     env_threads: int = os.cpu_count() or 1
     """native threads that step the ant"""
     contact_forces: bool = False
@@ -90,7 +92,7 @@ class Args:
     dims: int = 2
     """dimensions of PointMass-v0"""
     max_steps: int | None = None
-    """steps of an episode at most; if not given, 500 for the ant (400 in evaluations), 400 and 200 for the others"""
+    """steps of an episode at most; if not given, 500 for the ant (400 in evaluations) and 200 for the others"""
 
     # trust region policy optimization
     num_steps: int | None = None
@@ -149,32 +151,36 @@ class Args:
     # recall traces
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int = 64
-    """N, recall traces per imitation update"""
+    num_traces: int = 640
+    """N, recall traces per imitation step"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. A)"""
     recall_every: int = 1
-    """outer iterations per recall phase"""
-    recall_updates: int = 10
-    """imitation updates per recall phase, each with new traces"""
+    """inner iterations per recall phase"""
+    recall_updates: int = 1
+    """imitation steps per recall phase, each with new traces"""
     buffer_size: int = 100_000
     """environment steps whose successful trajectories the buffer holds, the newest"""
-    backtracking_updates: int = 100
-    """backtracking model updates per recall phase (App. C)"""
+    backtracking_updates: int = 250
+    """backtracking model updates per recall phase (App. C: a hundred for every 5 inner iterations)"""
     backtracking_batch_size: int = 256
     """(state, action, next state) tuples per backtracking model update"""
     backtracking_lr: float = 1e-3
     """step size of Adam for the backtracking model (beta in Alg. 1)"""
-    imitation_lr: float = 1e-3
-    """step size of Adam for the imitation of traces"""
+    imitation_lr: float = 1.0
+    """size of an imitation step, in natural gradients (alpha in Alg. 1)"""
     imitation_kl: float = 0.01
     """largest mean KL divergence between the policies before and after a recall phase"""
-    action_noise: float = 0.3
-    """standard deviation of imagined actions as a share of the model's own (the paper: 1)"""
-    state_noise: float = 0.5
-    """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
+    action_noise: float = 1.0
+    """standard deviation of imagined actions as a share of the model's own"""
+    state_noise: float = 1.0
+    """standard deviation of imagined changes of state as a share of the model's own"""
+    trace_weights: Literal["none", "advantage"] = "advantage"
+    """advantage: of a trace, imitate each step as much as it is better than what the critic expects; none: all alike"""
     trace_limit: float = 5.0
     """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
+    trace_distance: float = 0.5
+    """a trace ends further than that from all places of successful trajectories; 1 is where a goal counts as reached"""
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -292,9 +298,8 @@ class BacktrackingModel(nn.Module):
         return of_actions.sum(-1), of_changes.sum(-1)
 
     def sample(self, next_states, action_noise, state_noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and actions from -1 to 1 before `next_states`, made of normal noise (B, A) and (B, S)."""
+        """States and actions before `next_states`, made of normal noise (B, A) and (B, S)."""
         actions = self.action_mean + self.action_std * (self.predict_action(next_states) + action_noise)
-        actions = actions.clamp(-1, 1)
         mean, log_std = self.predict_change(actions, next_states)
         changes = self.change_mean + self.change_std * (mean + log_std.exp() * state_noise)
         return next_states + changes, actions
@@ -362,7 +367,7 @@ class Tuples(NamedTuple):
     """Tuples of trajectories, arrays or tensors (B, ...). States are without goals."""
 
     states: np.ndarray
-    actions: np.ndarray  # from -1 to 1
+    actions: np.ndarray  # as the policy drew them
     next_states: np.ndarray
     times: np.ndarray  # steps since the episode's start
 
@@ -392,7 +397,7 @@ class TrajectoryBuffer:
                     states, next_states = (
                         x[start:end, i, : self.state_dim].copy() for x in (rollout.states, rollout.next_states)
                     )
-                    actions = rollout.actions[start:end, i].clip(-1, 1)
+                    actions = rollout.actions[start:end, i].copy()
                     self.trajectories.append(Tuples(states, actions, next_states, np.arange(end - start)))
                     self.number += 1
                 start = end
@@ -693,26 +698,41 @@ def recall_traces(model: BacktrackingModel, starts: torch.Tensor, length: int, a
     return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
 
 
-def split_traces(states, goals, actions, in_trace, num_traces: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The pairs (n, S + G) and (n, A) of so many traces (length, N, ...) at a time, which end at goals (N, G)."""
+def where_agents_were(states: torch.Tensor, tuples: Tuples, places: slice, distance: float) -> torch.Tensor:
+    """Which of the states (length, N, S) are no further than that from a place of the tuples, (length, N)."""
+    tree = KDTree(tuples.next_states[:, places].cpu().numpy())
+    nearest, _ = tree.query(states[..., places].cpu().numpy(), distance_upper_bound=distance)
+    return as_tensor(np.isfinite(nearest), states.device)
+
+
+def split_traces(states, goals, actions, in_trace, num_traces: int, gamma: float) -> list[tuple[torch.Tensor, ...]]:
+    """The pairs (n, S + G) and (n, A) of so many traces (length, N, ...) at a time, which end at goals (N, G), and what
+    they earn from there on, (n,): one reward of 1 at the goal."""
     states = torch.cat((states, goals.expand(len(states), *goals.shape)), dim=-1)  # relabelled
-    parts = zip(*(column.split(num_traces, dim=1) for column in (states, actions, in_trace)), strict=True)
-    return [(states[inside], actions[inside]) for states, actions, inside in parts]
+    returns = gamma ** torch.arange(len(states), device=states.device).unsqueeze(-1).expand_as(in_trace)
+    columns = states, actions, returns, in_trace
+    parts = zip(*(column.split(num_traces, dim=1) for column in columns), strict=True)
+    return [tuple(column[inside] for column in part) for *part, inside in parts]
 
 
-def imitate(actor: Actor, optimizer, traces: list, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
-    """Steps that raise log pi(a | s) on the pairs of traces (Alg. 1, lines 12 and 13), shortened until the policy has
-    changed by no more than --imitation-kl on the states (n, S) of the last rollout; returns losses."""
+def imitate(actor: Actor, critic: Critic, traces: list, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
+    """Natural gradient steps that raise log pi(a | s) on the pairs of traces (Alg. 1, lines 12 and 13), shortened until
+    the policy has changed by no more than --imitation-kl on the states (n, S) of the last rollout; returns losses."""
     before = parameters_to_vector(actor.parameters()).detach()
-    old_policy, losses = [part.detach().clone() for part in actor(states)], {}
-    for trace_states, actions in traces:
+    old_policy, losses = [part.detach() for part in actor(states)], {}
+    old_policy[1] = old_policy[1].clone()
+    for trace_states, actions, returns in traces:
         if len(actions) == 0:
             continue
-        loss = -actor.log_prob(trace_states, actions).mean()  # Eq. (3), its mean over the pairs
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses["recall/imitation_loss"] = loss.detach()
+        weights = torch.ones_like(returns)
+        if args.trace_weights == "advantage":
+            weights = (returns - critic(trace_states).detach()).clamp(min=0)
+        loss = -(weights * actor.log_prob(trace_states, actions)).mean()  # Eq. (3), its weighted mean over the pairs
+        gradient = parameters_to_vector(torch.autograd.grad(loss, [*actor.parameters()]))
+        product = fisher_matrix(actor, trace_states, args.cg_damping)
+        step = args.imitation_lr * conjugate_gradients(product, gradient, args.cg_iterations)
+        vector_to_parameters(parameters_to_vector(actor.parameters()).detach() - step, actor.parameters())
+        losses |= {"recall/imitation_loss": loss.detach(), "recall/trace_weight": weights.mean()}
     with torch.no_grad():
         change = parameters_to_vector(actor.parameters()) - before
         while (kl := kl_divergence(*old_policy, *actor(states))) > args.imitation_kl:
@@ -1029,8 +1049,7 @@ def main(args: Args) -> None:
     if args.recall != "none":
         model = BacktrackingModel(state_dim - envs.goal_dim, action_dim).to(args.device)  # Alg. 1, line 2
         buffer = TrajectoryBuffer(args.buffer_size, state_dim - envs.goal_dim)
-        imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
-        parts |= {"backtracking_model": model, "buffer": buffer, "imitation_optimizer": imitation_optimizer}
+        parts |= {"backtracking_model": model, "buffer": buffer}
         if args.recall == "learned":
             model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
             parts["backtracking_optimizer"] = model_optimizer
@@ -1150,10 +1169,8 @@ def main(args: Args) -> None:
             progress.update(batch)
             if args.recall != "none":
                 buffer.add(rollout)  # Alg. 1, line 5
-            if step % outer_batch:
-                continue
 
-            if args.goals == "gan":  # which goals are of intermediate difficulty now?
+            if step % outer_batch == 0 and args.goals == "gan":  # which goals are of intermediate difficulty now?
                 rates = successes(envs, actor, goals, args.label_rollouts, rngs["labels"]).mean(0)
                 labels = (rates > args.least_success) & (rates < args.most_success)
                 losses |= update_goal_gan(gan, gan_optimizers, goals, labels, args, rngs["goals"])
@@ -1161,7 +1178,7 @@ def main(args: Args) -> None:
                 visited = rollout.next_states[..., places].reshape(-1, envs.goal_dim)
                 replay.add(np.concatenate((goals[labels], rngs["goals"].permutation(visited)[:10_000])))
 
-            if args.recall == "none" or step // outer_batch % args.recall_every:
+            if args.recall == "none" or step // batch % args.recall_every:
                 continue
             tuples, rng = successful_tuples(buffer, args.device), rngs["recall"]  # Alg. 1, line 8
             if tuples is None or len(tuples.times) < 2:
@@ -1176,9 +1193,11 @@ def main(args: Args) -> None:
             starts, their_goals = high_value_states(envs, gan, poses, buffer, count, args, rng)
             losses["recall/start_value"] = critic(torch.cat((starts, their_goals), dim=-1)).mean().detach()
             trace_states, actions, in_trace = recall_traces(model, starts, args.trace_length, args, rng)
+            reach = args.trace_distance * envs.tolerance
+            in_trace &= where_agents_were(trace_states, tuples, places, reach).cumprod(0).bool()
             # Alg. 1, lines 12 and 13: imitate them
-            traces = split_traces(trace_states, their_goals, actions, in_trace, args.num_traces)
-            losses |= imitate(actor, imitation_optimizer, traces, seen, args)
+            traces = split_traces(trace_states, their_goals, actions, in_trace, args.num_traces, args.gamma)
+            losses |= imitate(actor, critic, traces, seen, args)
 
         save_checkpoint()
         log()

@@ -1,6 +1,5 @@
 """What recall_goalgan_ant.py adds to recall_trpo.py, against closed form, enumeration and plain loops."""
 
-import copy
 import math
 
 import gymnasium as gym
@@ -13,7 +12,7 @@ import envs  # noqa: F401  registers the environments
 import recall_goalgan_ant as script
 import recall_trpo
 from envs.u_maze import PointUMazeVectorEnv
-from recall_goalgan_ant import Actor, Args, BacktrackingModel, GoalGAN, GoalReplay, Normaliser, TrajectoryBuffer
+from recall_goalgan_ant import Actor, Args, BacktrackingModel, Critic, GoalGAN, GoalReplay, Normaliser, TrajectoryBuffer
 
 torch.set_num_threads(1)
 LOW, HIGH = np.array([-3.0, -3.0]), np.array([7.0, 5.0])
@@ -147,9 +146,7 @@ def test_the_buffer_holds_the_newest_trajectories_that_reached_their_goal(tmp_pa
         for i in range(6):
             rows = []
             for t in range(30):
-                rows.append(
-                    (rollout.states[t, i, :4], rollout.actions[t, i].clip(-1, 1), rollout.next_states[t, i, :4])
-                )
+                rows.append((rollout.states[t, i, :4], rollout.actions[t, i], rollout.next_states[t, i, :4]))
                 if rollout.terminated[t, i] or rollout.truncated[t, i]:
                     expected += [rows] if rollout.rewards[t, i] else []
                     rows = []
@@ -208,33 +205,55 @@ def test_high_value_states_are_standing_ants_at_generated_goals():
 
 
 def test_traces_are_relabelled_with_the_goal_at_their_end():
+    """The last step before the goal earns 1, each one before it a share gamma of that."""
     states, actions = torch.arange(24.0).view(3, 8, 1), -torch.arange(24.0).view(3, 8, 1)
     goals, in_trace = 100 + torch.arange(8.0).view(8, 1), randn(3, 8) > 0
-    parts = script.split_traces(states, goals, actions, in_trace, 2)
+    parts = script.split_traces(states, goals, actions, in_trace, 2, 0.5)
     assert len(parts) == 4
-    for n, (some_states, some_actions) in enumerate(parts):
+    for n, (some_states, some_actions, returns) in enumerate(parts):
         pairs = [(t, i) for t in range(3) for i in (2 * n, 2 * n + 1) if in_trace[t, i]]
         assert some_states.tolist() == [[float(states[t, i]), 100.0 + i] for t, i in pairs]
         assert torch.equal(some_actions[:, 0], -some_states[:, 0])
+        assert returns.tolist() == [(1.0, 0.5, 0.25)[t] for t, _ in pairs]
 
 
+def test_traces_are_kept_near_places_where_agents_were():
+    states, visited = randn(4, 50, 6), randn(300, 6, seed=1)
+    tuples = script.Tuples(visited, visited[:, :2], visited, torch.arange(300))
+    for places in (slice(0, 2), slice(3, 6)):
+        expected = torch.cdist(states[..., places], visited[:, places]).amin(-1) <= 0.4
+        assert torch.equal(script.where_agents_were(states, tuples, places, 0.4), expected)
+        assert 0.1 < expected.float().mean() < 0.99
+
+
+@pytest.mark.parametrize("trace_weights", ["none", "advantage"])
 @pytest.mark.parametrize("imitation_kl", [0.0, 1e-4, 1e9])
-def test_imitation_raises_the_log_probability_of_the_traces_no_more_than_it_may(imitation_kl):
-    """Eq. (3)"""
-    actor = make_actor()
-    states, actions = randn(50, 6), 0.3 * randn(50, 2, seed=1)
-    expected, before = copy.deepcopy(actor), parameters_to_vector(actor.parameters()).detach().clone()
-    loss = -expected.log_prob(states, actions).mean()
-    gradients = torch.autograd.grad(loss, [*expected.parameters()])
-    sgd = torch.optim.SGD(actor.parameters(), lr=0.05)
-    losses = script.imitate(actor, sgd, [(states, actions)], states, Args(imitation_kl=imitation_kl))
+def test_imitation_takes_natural_gradient_steps_no_longer_than_it_may(imitation_kl, trace_weights):
+    """Eq. (3); the critic expects 0.3 everywhere, so only what earns more is imitated, and that as much as it does."""
+    actor, critic = make_actor(), Critic(Normaliser(6), 6, 8)
+    with torch.no_grad():
+        critic.net[-1].weight.zero_()
+        critic.net[-1].bias.fill_(0.3)
+    states, actions, returns = randn(50, 6), 0.3 * randn(50, 2, seed=1), torch.linspace(0, 1, 50)
+    before = parameters_to_vector(actor.parameters()).detach().clone()
+    weights = (returns - 0.3).clamp(min=0) if trace_weights == "advantage" else torch.ones(50)
+    loss = -(weights * actor.log_prob(states, actions)).mean()
+    gradient = parameters_to_vector(torch.autograd.grad(loss, [*actor.parameters()]))
+    fisher = torch.stack([script.fisher_matrix(actor, states, 0.1)(row) for row in torch.eye(len(gradient))])
+    args = Args(imitation_kl=imitation_kl, trace_weights=trace_weights, cg_iterations=200, imitation_lr=0.1)
+    losses = script.imitate(actor, critic, [(states, actions, returns)], states, args)
     assert float(losses["recall/imitation_loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert float(losses["recall/trace_weight"]) == pytest.approx(float(weights.mean()), rel=1e-5)
     assert 0.5 * min(imitation_kl, 1e-6) <= float(losses["recall/imitation_kl"]) <= imitation_kl
-    change = parameters_to_vector(actor.parameters()).detach() - before
-    if imitation_kl:
-        direction = -parameters_to_vector(gradients)
-        assert torch.cosine_similarity(change, direction, dim=0) > 0.999
-        assert actor.log_prob(states, actions).mean() > -loss
+    change, expected = (
+        parameters_to_vector(actor.parameters()).detach() - before,
+        -0.1 * torch.linalg.solve(fisher, gradient),
+    )
+    if imitation_kl == 1e9:
+        torch.testing.assert_close(change, expected, atol=1e-4, rtol=1e-3)
+    elif imitation_kl:
+        assert torch.cosine_similarity(change, expected, dim=0) > 0.999
+        assert change.norm() < expected.norm()
 
 
 def test_traces_are_compared_with_what_really_led_to_the_goals():
