@@ -106,11 +106,16 @@ TRUST_REGION = {
     "laptop": "--total-timesteps 500000 --eval-every 25000 --eval-episodes 5",
     "paper": "--total-timesteps 2000000 --num-envs 16 --num-steps 3125 --max-kl 0.05 --gamma 0.995 --eval-every 50000",
 }
-# 40 outer iterations for a point mass, 8 for the ant; at the paper's scale 155 for the ant.
+# 40 outer iterations for a point mass.
 GOAL_GAN = {
     "smoke": "--total-timesteps 2000 --num-envs 20 --num-steps 50 --inner-iterations 1 --num-goals 20 "
     "--label-rollouts 1 --gan-updates 10 --eval-episodes 1",
     "laptop": "--total-timesteps 4000000",
+    "paper": "--total-timesteps 4000000",
+}
+# 40 outer iterations with half the paper's batch for the ant; at the paper's scale 155.
+GOAL_GAN_ANT = GOAL_GAN | {
+    "laptop": "--total-timesteps 10000000 --num-envs 100",
     "paper": "--total-timesteps 77500000",
 }
 SCALES = {
@@ -368,7 +373,8 @@ class Run(NamedTuple):
 
 def make_run(command: str, seed: int, args: Args) -> Run:
     script, *flags = shlex.split(command)
-    words = [*flags, *shlex.split(SCALES[script][args.scale]), "--seed", str(seed)]
+    scales = GOAL_GAN_ANT if "AntUMaze-v0" in flags else SCALES[script]
+    words = [*flags, *shlex.split(scales[args.scale]), "--seed", str(seed)]
     name = "_".join(f"{flag.removeprefix('--')}={value}" for flag, value in zip(words[::2], words[1::2], strict=True))
     return Run((script, *words), args.runs_dir / script.removesuffix(".py") / name)
 
