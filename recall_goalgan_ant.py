@@ -151,7 +151,7 @@ class Args:
     # recall traces
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int = 640
+    num_traces: int = 1280
     """N, recall traces per imitation step"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. A)"""
@@ -161,7 +161,7 @@ class Args:
     """imitation steps per recall phase, each with new traces"""
     buffer_size: int = 100_000
     """environment steps whose successful trajectories the buffer holds, the newest"""
-    backtracking_updates: int = 250
+    backtracking_updates: int = 500
     """backtracking model updates per recall phase (App. C: a hundred for every 5 inner iterations)"""
     backtracking_batch_size: int = 256
     """(state, action, next state) tuples per backtracking model update"""
