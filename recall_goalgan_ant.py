@@ -720,7 +720,6 @@ def imitate(actor: Actor, critic: Critic, traces: list, states: torch.Tensor, ar
     the policy has changed by no more than --imitation-kl on the states (n, S) of the last rollout; returns losses."""
     before = parameters_to_vector(actor.parameters()).detach()
     old_policy, losses = [part.detach() for part in actor(states)], {}
-    old_policy[1] = old_policy[1].clone()
     for trace_states, actions, returns in traces:
         if len(actions) == 0:
             continue
@@ -729,6 +728,7 @@ def imitate(actor: Actor, critic: Critic, traces: list, states: torch.Tensor, ar
             weights = (returns - critic(trace_states).detach()).clamp(min=0)
         loss = -(weights * actor.log_prob(trace_states, actions)).mean()  # Eq. (3), its weighted mean over the pairs
         gradient = parameters_to_vector(torch.autograd.grad(loss, [*actor.parameters()]))
+        gradient[: len(actor.log_std)] = 0  # the noise of traces is the model's, of variance 1, not one to imitate
         product = fisher_matrix(actor, trace_states, args.cg_damping)
         step = args.imitation_lr * conjugate_gradients(product, gradient, args.cg_iterations)
         vector_to_parameters(parameters_to_vector(actor.parameters()).detach() - step, actor.parameters())
