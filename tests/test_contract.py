@@ -171,7 +171,13 @@ SCRIPTS = {
         ),
         left_out=frozenset({"top-fraction", "top-trajectories"}),
         tags=frozenset(
-            {"goals/intermediate", "recall/trace_survival", "recall/imitation_kl", "recall/trace_error_of_first_step"}
+            {
+                "goals/intermediate",
+                "recall/trace_survival",
+                "recall/trace_weight",
+                "recall/imitation_kl",
+                "recall/trace_error_of_first_step",
+            }
         ),
     ),
 }
