@@ -150,7 +150,7 @@ class Panel(NamedTuple):
     runs: dict[str, str]
     kind: Literal["curves", "finals", "pictures"] = "curves"  # tag against steps; its last values; picture of a seed
     tag: str = "eval/return"
-    until: float | None = None  # last environment step that is drawn
+    until: float | None = None  # last environment step that is drawn; of pictures, only the last up to then
 
 
 class PaperFigure(NamedTuple):
@@ -206,6 +206,15 @@ def mazes(names: tuple[str, ...], *kind_and_tag: str) -> tuple[Panel, ...]:
     )
 
 
+def heat_maps(name: str, *steps: int) -> tuple[Panel, ...]:
+    """Coverage of a maze after so many steps, a row for each method."""
+    return tuple(
+        Panel(name, {label: f"{command} --env-id {name}"}, "pictures", "pictures/coverage", until)
+        for label, command in GOALS.items()
+        for until in steps
+    )
+
+
 # What Goal GAN's code sets for points in boxes.
 POINT_MASSES = tuple(
     Panel(
@@ -250,6 +259,7 @@ FIGURES = {
             *mazes(("AntUMaze-v0",), "pictures", "pictures/coverage"),
             *mazes(("AntUMaze-v0",), "curves", "eval/coverage"),
         ),
+        note="An outer iteration is 250 000 steps, half the paper's.",
         seeds=3,
     ),
     "fig6": PaperFigure(
@@ -282,15 +292,20 @@ FIGURES = {
         "App. D",
         "Point mass in the U-maze: coverage heat maps",
         (
-            *mazes(("PointUMaze-v0",), "pictures", "pictures/coverage"),
+            *heat_maps("PointUMaze-v0", 200_000, 800_000, 1_500_000),
             *mazes(("PointUMaze-v0",), "curves", "eval/coverage"),
         ),
+        note="An outer iteration is 100 000 steps.",
         seeds=5,
     ),
     "fig12": PaperFigure(
         "App. D",
-        "U-maze ant: coverage over time",
-        mazes(("AntUMaze-v0",), "curves", "eval/coverage"),
+        "U-maze ant: coverage heat maps over time",
+        (
+            *heat_maps("AntUMaze-v0", 1_250_000, 5_000_000, 10_000_000),
+            *mazes(("AntUMaze-v0",), "curves", "eval/coverage"),
+        ),
+        note="An outer iteration is 250 000 steps, half the paper's.",
         seeds=3,
     ),
     "fig13": PaperFigure(
@@ -548,8 +563,14 @@ class Curves(NamedTuple):
         return self.values.get("eval/success_rate", self.values.get("eval/coverage"))
 
 
-def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], dict[str, dict[str, bytes]], list[Run]]:
-    """The curves and the pictures of a typical seed of every setting of a figure, and the runs that did not finish."""
+Pictures = dict[str, dict[str, dict[int, bytes]]]
+
+
+def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], Pictures, list[Run]]:
+    """The curves of every setting of a figure, the pictures of a typical seed, and the runs that did not finish.
+
+    Pictures are by command, tag and step.
+    """
     curves, pictures, missing = {}, {}, []
     for command, runs in figure_runs(name, args).items():
         read = {seed: read_run(run) if run.folder.exists() else None for seed, run in enumerate(runs, start=1)}
@@ -569,7 +590,9 @@ def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], dict[str, dic
         curves[command] = Curves([*read], np.array(steps), values)
         typical = typical_seed(curves[command])
         images = read[typical].Tags()["images"]
-        pictures[command] = {tag: read[typical].Images(tag)[-1].encoded_image_string for tag in images}
+        pictures[command] = {
+            tag: {event.step: event.encoded_image_string for event in read[typical].Images(tag)} for tag in images
+        }
     return curves, pictures, missing
 
 
@@ -651,9 +674,10 @@ def statistics(setting: Curves) -> dict[str, np.ndarray]:
 
 
 def typical_seed(setting: Curves) -> int:
-    """The seed that visits most nearly the interquartile mean of cells; the first where no visits are counted."""
-    visited = statistics(setting).get("last eval/visited_cells", np.zeros(len(setting.seeds)))
-    return setting.seeds[np.abs(visited - interquartile_mean(visited)).argmin()]
+    """The seed nearest to the interquartile mean of cells visited or, where these are not counted, of all returns."""
+    found = statistics(setting)
+    values = found.get("last eval/visited_cells", found["mean eval/return"])
+    return setting.seeds[np.abs(values - interquartile_mean(values)).argmin()]
 
 
 def write_summary(path: Path, curves: dict[str, Curves]) -> None:
@@ -679,7 +703,7 @@ LABELS["eval/coverage"] = "coverage: share of goals reached"
 MORE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
-def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[str, dict[str, bytes]]) -> Figure:
+def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: Pictures) -> Figure:
     """All panels of a figure; a panel of pictures is one axes for each of them."""
     boxes = []  # (panel, its runs)
     for panel in figure.panels:
@@ -693,7 +717,9 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
         for axes, (panel, runs) in zip(drawing.subplots(down, across, squeeze=False).flat, boxes, strict=False):
             if panel.kind == "pictures":
                 ((label, command),) = runs.items()
-                axes.imshow(Image.open(io.BytesIO(pictures[command][panel.tag])))
+                shown = pictures[command][panel.tag]
+                last = max(step for step in shown if panel.until is None or step <= panel.until)
+                axes.imshow(Image.open(io.BytesIO(shown[last])))
                 axes.axis("off")
                 axes.set_title(f"{label}, {panel.title}, seed {typical_seed(curves[command])}", fontsize=13)
                 continue

@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib
+import io
 import json
 import os
 import re
@@ -94,7 +95,25 @@ def test_lasting_success_allows_one_failure_in_ten():
 def test_the_typical_seed_is_next_to_the_mean():
     visited = [[np.nan, n] for n in (30, 10, 11, 12, 90, 14, 15, 16)]  # the middle half: 12, 14, 15, 16
     assert reproduce.typical_seed(curves(np.zeros((8, 2)), visited=visited)) == 6
-    assert reproduce.typical_seed(curves(np.zeros((8, 2)))) == 1
+    returns = [[0, n] for n in (30, 10, 11, 12, 90, 14, 15, 16)]
+    assert reproduce.typical_seed(curves(returns)) == 6
+
+
+def test_a_panel_of_pictures_shows_the_last_one_up_to_its_step():
+    data, shown = {command: curves(np.zeros((2, 4))) for command in ("one", "two")}, {}
+    for n, command in enumerate(data):
+        images = {step: Image.new("L", (2, 2), step // 100 + 10 * n) for step in (0, 100, 200, 300)}
+        shown[command] = {"pictures/x": {}}
+        for step, image in images.items():
+            image.save(file := io.BytesIO(), "PNG")
+            shown[command]["pictures/x"][step] = file.getvalue()
+    panels = tuple(
+        reproduce.Panel("", {command: command}, "pictures", "pictures/x", until)
+        for command in data
+        for until in (50, 200, None)
+    )
+    axes = reproduce.draw_figure(reproduce.PaperFigure("", "", panels), data, shown).axes
+    assert [int(np.max(ax.images[0].get_array())) for ax in axes] == [0, 2, 3, 10, 12, 13]
 
 
 def test_data_and_summary_keep_what_they_are_given(tmp_path):
