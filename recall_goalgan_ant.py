@@ -14,7 +14,7 @@
 #     "tyro==1.0.17",
 # ]
 # ///
-"""Goal GAN with trust region policy optimization and recall traces (Goyal et al., ICLR 2019, sections 6.3, A, C and D).
+"""Goal GAN with trust region policy optimization and recall traces (Goyal et al., ICLR 2019, section 6.3, Algorithm 2, App. C, D).
 
 An ant in a U-shaped maze learns to reach every place. A generative adversarial network proposes goals that are neither
 too easy nor too hard; a backtracking model imagines what may lead to them, and the policy imitates these recall traces.
@@ -102,7 +102,7 @@ class Args:
     hidden: int = 64
     """units in each of the two hidden layers of actor and critic"""
     learn_std: bool | None = None
-    """whether the policy's standard deviation is learned; if not given, only in PointUMaze-v0 it is not but 1"""
+    """whether the policy's standard deviation is learned or stays 1; if not given, learned but in PointUMaze-v0"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.98
@@ -114,7 +114,7 @@ class Args:
     cg_damping: float = 0.1
     """added to the diagonal of the Fisher matrix"""
     line_search_steps: int = 10
-    """how often the line search shortens a step, by a fifth each time, before it gives up"""
+    """lengths of a step that the line search tries, each a fifth shorter, before it gives up"""
     critic_lr: float = 1e-3
     """step size of Adam for the critic"""
     critic_epochs: int = 5
@@ -126,7 +126,7 @@ class Args:
 
     # goals
     goals: Literal["gan", "uniform"] = "gan"
-    """where goals come from: a Goal GAN, or anywhere"""
+    """where goals come from: a Goal GAN, or uniformly from the box, walls included (then no labels and no old goals)"""
     num_goals: int = 200
     """new goals per outer iteration"""
     num_replayed_goals: int = 100
@@ -152,15 +152,17 @@ class Args:
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
     num_traces: int = 1280
-    """N, recall traces per imitation step"""
+    """recall traces per imitation step, each from a state of its own"""
     trace_length: int | None = None
-    """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. A)"""
+    """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
     recall_every: int = 1
     """inner iterations per recall phase"""
     recall_updates: int = 1
     """imitation steps per recall phase, each with new traces"""
+    recall_until: float = 0.3
+    """share of the training after which no more traces are imitated"""
     buffer_size: int = 100_000
-    """environment steps whose successful trajectories the buffer holds, the newest"""
+    """steps that the buffer holds, of successful trajectories only, the newest"""
     backtracking_updates: int = 500
     """backtracking model updates per recall phase (App. C: a hundred for every 5 inner iterations)"""
     backtracking_batch_size: int = 256
@@ -180,7 +182,7 @@ class Args:
     trace_limit: float = 5.0
     """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
     trace_distance: float = 0.5
-    """a trace ends further than that from all places of successful trajectories; 1 is where a goal counts as reached"""
+    """a trace ends further than that from all places of successful trajectories, in units of what counts as reached"""
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -369,6 +371,7 @@ class Tuples(NamedTuple):
     states: np.ndarray
     actions: np.ndarray  # as the policy drew them
     next_states: np.ndarray
+    goals: np.ndarray
     times: np.ndarray  # steps since the episode's start
 
 
@@ -394,11 +397,12 @@ class TrajectoryBuffer:
             start = 0
             for end in (np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1).tolist():
                 if rollout.rewards[end - 1, i] > 0:
-                    states, next_states = (
-                        x[start:end, i, : self.state_dim].copy() for x in (rollout.states, rollout.next_states)
+                    states, actions, next_states = (
+                        x[start:end, i].copy() for x in (rollout.states, rollout.actions, rollout.next_states)
                     )
-                    actions = rollout.actions[start:end, i].copy()
-                    self.trajectories.append(Tuples(states, actions, next_states, np.arange(end - start)))
+                    states, goals = np.split(states, [self.state_dim], axis=-1)
+                    next_states = next_states[:, : self.state_dim]
+                    self.trajectories.append(Tuples(states, actions, next_states, goals, np.arange(end - start)))
                     self.number += 1
                 start = end
         steps = sum(len(tuples.times) for tuples in self.trajectories)
@@ -647,23 +651,24 @@ def successful_tuples(buffer: TrajectoryBuffer, device: str, held_out: bool = Fa
     return Tuples(*(as_tensor(np.concatenate(column), device) for column in zip(*chosen, strict=True)))
 
 
-def high_value_states(envs, gan: GoalGAN, poses: np.ndarray, buffer: TrajectoryBuffer, count: int, args: Args, rng):
+def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: TrajectoryBuffer, count: int, args, rng):
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
     Of twice as many goals these are the half nearer to where successful trajectories ended; others may lie in walls. D
-    turns a goal into a state: an ant there in a pose of `poses`, or a point there with the velocity of the trajectory
-    that ended nearest to it.
+    turns a goal into a state at that goal, as the trajectory that ended nearest to it stood to its own goal when it had
+    just reached that: an ant there in a pose of `poses`, or a point there with that trajectory's last velocity.
     """
     goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
     ends = np.stack([tuples.next_states[-1] for tuples in buffer.trajectories])
-    distances = ((ends[:, envs.places] - goals[:, None]) ** 2).sum(-1)
-    chosen = rng.permutation(distances.min(-1).argsort(stable=True)[:count])
-    goals, nearest = goals[chosen], distances[chosen].argmin(-1)
+    distances, nearest = KDTree(ends[:, envs.places]).query(goals)
+    chosen = rng.permutation(distances.argsort(stable=True)[:count])
+    goals, nearest = goals[chosen], nearest[chosen]
+    places = goals + (ends[:, envs.places] - np.stack([tuples.goals[-1] for tuples in buffer.trajectories]))[nearest]
     if args.env_id == "AntUMaze-v0":  # Alg. 2, line 3
-        states = envs.decode(goals, poses[rng.integers(len(poses), size=count)])
+        states = envs.decode(places, poses[rng.integers(len(poses), size=count)])
     else:
-        states = np.concatenate((goals, ends[nearest, goals.shape[1] :]), axis=1)
-    return (as_tensor(x.astype(np.float32), args.device) for x in (states, goals))  # Alg. 2, line 4
+        states = np.concatenate((places, ends[nearest, places.shape[1] :]), axis=1)
+    return tuple(as_tensor(x.astype(np.float32), args.device) for x in (states, goals))  # Alg. 2, line 4
 
 
 def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuples, rows: torch.Tensor) -> dict:
@@ -698,21 +703,28 @@ def recall_traces(model: BacktrackingModel, starts: torch.Tensor, length: int, a
     return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
 
 
-def where_agents_were(states: torch.Tensor, tuples: Tuples, places: slice, distance: float) -> torch.Tensor:
-    """Which of the states (length, N, S) are no further than that from a place of the tuples, (length, N)."""
-    tree = KDTree(tuples.next_states[:, places].cpu().numpy())
-    nearest, _ = tree.query(states[..., places].cpu().numpy(), distance_upper_bound=distance)
-    return as_tensor(np.isfinite(nearest), states.device)
+def steps_to_goals(states, goals, in_trace, tuples: Tuples, places: slice, tolerance: float, distance: float):
+    """How many steps a state of a trace (length, N, S) is from its goal (N, G), (length, N); 0 where none is to be
+    imitated.
+
+    That is where the goal has been reached already, and all that lies before a place where it would have been reached,
+    or that is further than `distance` from all places of the tuples.
+    """
+    tree, near = KDTree(tuples.next_states[:, places].cpu().numpy()), torch.zeros_like(in_trace)
+    nearest, _ = tree.query(states[in_trace][:, places].cpu().numpy(), distance_upper_bound=distance)
+    near[in_trace] = as_tensor(np.isfinite(nearest), states.device)
+    outside = ((states[..., places] - goals) ** 2).sum(-1) >= tolerance**2
+    steps = outside.cumsum(0)
+    back_again = ~outside & (steps > 0)
+    return steps * outside * (near & ~back_again).cumprod(0)
 
 
-def split_traces(states, goals, actions, in_trace, num_traces: int, gamma: float) -> list[tuple[torch.Tensor, ...]]:
-    """The pairs (n, S + G) and (n, A) of so many traces (length, N, ...) at a time, which end at goals (N, G), and what
-    they earn from there on, (n,): one reward of 1 at the goal."""
+def split_traces(states, goals, actions, steps, num_traces: int, gamma: float) -> list[tuple[torch.Tensor, ...]]:
+    """The pairs (n, S + G) and (n, A) of so many traces (length, N, ...) at a time, told their goals (N, G), and what
+    they earn from there on, (n,): one reward of 1, so many steps later."""
     states = torch.cat((states, goals.expand(len(states), *goals.shape)), dim=-1)  # relabelled
-    returns = gamma ** torch.arange(len(states), device=states.device).unsqueeze(-1).expand_as(in_trace)
-    columns = states, actions, returns, in_trace
-    parts = zip(*(column.split(num_traces, dim=1) for column in columns), strict=True)
-    return [tuple(column[inside] for column in part) for *part, inside in parts]
+    parts = zip(*(column.split(num_traces, dim=1) for column in (states, actions, steps)), strict=True)
+    return [(states[n > 0], actions[n > 0], gamma ** (n[n > 0] - 1)) for states, actions, n in parts]
 
 
 def imitate(actor: Actor, critic: Critic, traces: list, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
@@ -728,7 +740,7 @@ def imitate(actor: Actor, critic: Critic, traces: list, states: torch.Tensor, ar
             weights = (returns - critic(trace_states).detach()).clamp(min=0)
         loss = -(weights * actor.log_prob(trace_states, actions)).mean()  # Eq. (3), its weighted mean over the pairs
         gradient = parameters_to_vector(torch.autograd.grad(loss, [*actor.parameters()]))
-        gradient[: len(actor.log_std)] = 0  # the noise of traces is the model's, of variance 1, not one to imitate
+        gradient[: len(actor.log_std)] = 0  # how far the actions of traces spread is up to the model
         product = fisher_matrix(actor, trace_states, args.cg_damping)
         step = args.imitation_lr * conjugate_gradients(product, gradient, args.cg_iterations)
         vector_to_parameters(parameters_to_vector(actor.parameters()).detach() - step, actor.parameters())
@@ -868,9 +880,10 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False) -> GoalVector
 
 
 def with_defaults(args: Args) -> Args:
-    """Fills in what depends on the environment (Held et al., 2018; App. A)."""
+    """Fills in what depends on the environment (Held et al., 2018; App. D)."""
     ant = args.env_id == "AntUMaze-v0"
-    num_envs, num_steps = args.num_envs or NUM_ENVS[args.env_id], args.num_steps or MAX_STEPS[args.env_id]
+    num_envs, num_steps = args.num_envs or NUM_ENVS[args.env_id], args.num_steps or args.max_steps
+    num_steps = num_steps or MAX_STEPS[args.env_id]
     batch = num_envs * num_steps
     return replace(
         args,
@@ -885,6 +898,7 @@ def with_defaults(args: Args) -> Args:
 
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "least_success": 1, "most_success": 1, "seed": 2**63 - 1, "env_threads": 1024}
+AT_MOST |= {"recall_until": 1}
 AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size", "hidden"), 10**5)
 AT_MOST |= dict.fromkeys(("num_goals", "num_replayed_goals", "gan_batch_size", "label_rollouts", "num_envs"), 10**5)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
@@ -1124,7 +1138,7 @@ def main(args: Args) -> None:
     def compare() -> Comparison | None:
         if "recall/imitation_kl" not in losses:  # no recall phase yet
             return None
-        return compare_traces(model, buffer, args.trace_length, args, np.random.default_rng([args.seed, 3, step]))
+        return compare_traces(model, buffer, args.trace_length, args, np.random.default_rng([args.seed, 7, step]))
 
     def write_pictures() -> None:
         title = f"{args.env_id}, recall {args.recall}, seed {args.seed}"
@@ -1178,7 +1192,9 @@ def main(args: Args) -> None:
                 visited = rollout.next_states[..., places].reshape(-1, envs.goal_dim)
                 replay.add(np.concatenate((goals[labels], rngs["goals"].permutation(visited)[:10_000])))
 
-            if args.recall == "none" or step // batch % args.recall_every:
+            if args.recall == "none":
+                continue
+            if step // batch % args.recall_every or step > args.recall_until * args.total_timesteps:
                 continue
             tuples, rng = successful_tuples(buffer, args.device), rngs["recall"]  # Alg. 1, line 8
             if tuples is None or len(tuples.times) < 2:
@@ -1193,10 +1209,11 @@ def main(args: Args) -> None:
             starts, their_goals = high_value_states(envs, gan, poses, buffer, count, args, rng)
             losses["recall/start_value"] = critic(torch.cat((starts, their_goals), dim=-1)).mean().detach()
             trace_states, actions, in_trace = recall_traces(model, starts, args.trace_length, args, rng)
-            reach = args.trace_distance * envs.tolerance
-            in_trace &= where_agents_were(trace_states, tuples, places, reach).cumprod(0).bool()
+            reach = envs.tolerance, args.trace_distance * envs.tolerance
+            steps = steps_to_goals(trace_states, their_goals, in_trace, tuples, places, *reach)
+            losses["recall/trace_share"] = (steps > 0).float().mean()
             # Alg. 1, lines 12 and 13: imitate them
-            traces = split_traces(trace_states, their_goals, actions, in_trace, args.num_traces, args.gamma)
+            traces = split_traces(trace_states, their_goals, actions, steps, args.num_traces, args.gamma)
             losses |= imitate(actor, critic, traces, seen, args)
 
         save_checkpoint()
