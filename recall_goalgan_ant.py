@@ -14,7 +14,7 @@
 #     "tyro==1.0.17",
 # ]
 # ///
-"""Goal GAN with trust region policy optimization and recall traces (Goyal et al., ICLR 2019, section 6.3, Algorithm 2, App. C, D).
+"""Goal GAN with trust region policy optimization and recall traces (Goyal et al., ICLR 2019, sections 6.3, A, C, D).
 
 An ant in a U-shaped maze learns to reach every place. A generative adversarial network proposes goals that are neither
 too easy nor too hard; a backtracking model imagines what may lead to them, and the policy imitates these recall traces.

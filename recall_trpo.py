@@ -102,7 +102,7 @@ class Args:
     cg_damping: float = 0.1
     """added to the diagonal of the Fisher matrix"""
     line_search_steps: int = 10
-    """how often the line search shortens a step, by a fifth each time, before it gives up"""
+    """lengths of a step that the line search tries, each a fifth shorter, before it gives up"""
     critic_lr: float = 1e-3
     """step size of Adam for the critic"""
     critic_epochs: int = 10
