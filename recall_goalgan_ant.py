@@ -159,7 +159,7 @@ class Args:
     """inner iterations per recall phase"""
     recall_updates: int = 1
     """imitation steps per recall phase, each with new traces"""
-    recall_until: float = 0.3
+    recall_until: float = 0.1
     """share of the training after which no more traces are imitated"""
     buffer_size: int = 100_000
     """steps that the buffer holds, of successful trajectories only, the newest"""
