@@ -7,14 +7,13 @@
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "pillow==13.0.0",
-#     "scipy==1.17.1",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
 #     "tyro==1.0.17",
 # ]
 # ///
-"""Goal GAN with trust region policy optimization and recall traces (Goyal et al., ICLR 2019, sections 6.3, A, C, D).
+"""Goal GAN with trust region policy optimization and recall traces (Goyal et al., ICLR 2019, sections 6.3, A, C and D).
 
 An ant in a U-shaped maze learns to reach every place. A generative adversarial network proposes goals that are neither
 too easy nor too hard; a backtracking model imagines what may lead to them, and the policy imitates these recall traces.
@@ -46,7 +45,6 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.spatial import KDTree
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -151,38 +149,32 @@ class Args:
     # recall traces
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int = 1280
-    """recall traces per imitation step, each from a state of its own"""
+    num_traces: int = 64
+    """recall traces per imitation update, each from a state of its own"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
     recall_every: int = 1
-    """inner iterations per recall phase"""
-    recall_updates: int = 1
-    """imitation steps per recall phase, each with new traces"""
-    recall_until: float = 0.1
-    """share of the training after which no more traces are imitated"""
+    """outer iterations per recall phase"""
+    recall_updates: int = 10
+    """imitation updates per recall phase, each with new traces"""
     buffer_size: int = 100_000
     """steps that the buffer holds, of successful trajectories only, the newest"""
-    backtracking_updates: int = 500
-    """backtracking model updates per recall phase (App. C: a hundred for every 5 inner iterations)"""
+    backtracking_updates: int = 100
+    """backtracking model updates per recall phase (App. C)"""
     backtracking_batch_size: int = 256
     """(state, action, next state) tuples per backtracking model update"""
     backtracking_lr: float = 1e-3
     """step size of Adam for the backtracking model (beta in Alg. 1)"""
-    imitation_lr: float = 1.0
-    """size of an imitation step, in natural gradients (alpha in Alg. 1)"""
+    imitation_lr: float = 1e-3
+    """step size of Adam for the imitation of traces"""
     imitation_kl: float = 0.01
     """largest mean KL divergence between the policies before and after a recall phase"""
-    action_noise: float = 1.0
-    """standard deviation of imagined actions as a share of the model's own"""
-    state_noise: float = 1.0
-    """standard deviation of imagined changes of state as a share of the model's own"""
-    trace_weights: Literal["none", "advantage"] = "advantage"
-    """advantage: of a trace, imitate each step as much as it is better than what the critic expects; none: all alike"""
+    action_noise: float = 0.3
+    """standard deviation of imagined actions as a share of the model's own (the paper: 1)"""
+    state_noise: float = 0.5
+    """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
     trace_limit: float = 5.0
     """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
-    trace_distance: float = 0.5
-    """a trace ends further than that from all places of successful trajectories, in units of what counts as reached"""
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -300,8 +292,9 @@ class BacktrackingModel(nn.Module):
         return of_actions.sum(-1), of_changes.sum(-1)
 
     def sample(self, next_states, action_noise, state_noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and actions before `next_states`, made of normal noise (B, A) and (B, S)."""
+        """States and actions from -1 to 1 before `next_states`, made of normal noise (B, A) and (B, S)."""
         actions = self.action_mean + self.action_std * (self.predict_action(next_states) + action_noise)
+        actions = actions.clamp(-1, 1)
         mean, log_std = self.predict_change(actions, next_states)
         changes = self.change_mean + self.change_std * (mean + log_std.exp() * state_noise)
         return next_states + changes, actions
@@ -334,7 +327,7 @@ class GoalGAN(nn.Module):
         return goals.clamp(self.centre - self.reach, self.centre + self.reach)
 
     def losses(self, goals: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Of the discriminator on goals (n, G) with labels (n,) 0 or 1, and of the generator, as least-squares GANs
+        """Losses of the discriminator on goals (n, G) with labels (n,) 0 or 1, and of the generator, least-squares GANs
         (Mao et al., 2017) with targets 2 y - 1 for goals, -1 for generated ones, and 1 for the generator."""
         real = self.discriminator((goals - self.centre) / self.reach).squeeze(-1)
         made = self.generate(noise)
@@ -369,14 +362,13 @@ class Tuples(NamedTuple):
     """Tuples of trajectories, arrays or tensors (B, ...). States are without goals."""
 
     states: np.ndarray
-    actions: np.ndarray  # as the policy drew them
+    actions: np.ndarray  # from -1 to 1
     next_states: np.ndarray
-    goals: np.ndarray
     times: np.ndarray  # steps since the episode's start
 
 
 class TrajectoryBuffer:
-    """B: the trajectories that reached their goal, those of the last `capacity` steps.
+    """B: the newest trajectories that reached their goal, `capacity` steps in all.
 
     Every tenth trajectory is held out: the backtracking model never sees it, so that it can be tested on it.
     """
@@ -397,12 +389,11 @@ class TrajectoryBuffer:
             start = 0
             for end in (np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1).tolist():
                 if rollout.rewards[end - 1, i] > 0:
-                    states, actions, next_states = (
-                        x[start:end, i].copy() for x in (rollout.states, rollout.actions, rollout.next_states)
+                    states, next_states = (
+                        x[start:end, i, : self.state_dim].copy() for x in (rollout.states, rollout.next_states)
                     )
-                    states, goals = np.split(states, [self.state_dim], axis=-1)
-                    next_states = next_states[:, : self.state_dim]
-                    self.trajectories.append(Tuples(states, actions, next_states, goals, np.arange(end - start)))
+                    actions = rollout.actions[start:end, i].clip(-1, 1)
+                    self.trajectories.append(Tuples(states, actions, next_states, np.arange(end - start)))
                     self.number += 1
                 start = end
         steps = sum(len(tuples.times) for tuples in self.trajectories)
@@ -426,7 +417,7 @@ class TrajectoryBuffer:
 
 @torch.no_grad()
 def greedy_actions(actor: Actor, states: np.ndarray) -> np.ndarray:
-    """The policy's means (B, A) in states (B, S). For so many states numpy's threads would get in each other's way."""
+    """The policy's means (B, A) in states (B, S)."""
     return actor(as_tensor(states, actor.log_std.device))[0].cpu().numpy()
 
 
@@ -655,24 +646,23 @@ def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: Traj
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
     Of twice as many goals these are the half nearer to where successful trajectories ended; others may lie in walls. D
-    turns a goal into a state at that goal, as the trajectory that ended nearest to it stood to its own goal when it had
-    just reached that: an ant there in a pose of `poses`, or a point there with that trajectory's last velocity.
+    turns a goal into a state: an ant there in a pose of `poses`, or a point there with the velocity of the trajectory
+    that ended nearest to it.
     """
     goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
     ends = np.stack([tuples.next_states[-1] for tuples in buffer.trajectories])
-    distances, nearest = KDTree(ends[:, envs.places]).query(goals)
-    chosen = rng.permutation(distances.argsort(stable=True)[:count])
-    goals, nearest = goals[chosen], nearest[chosen]
-    places = goals + (ends[:, envs.places] - np.stack([tuples.goals[-1] for tuples in buffer.trajectories]))[nearest]
+    distances = ((ends[:, envs.places] - goals[:, None]) ** 2).sum(-1)
+    chosen = rng.permutation(distances.min(-1).argsort(stable=True)[:count])
+    goals, nearest = goals[chosen], distances[chosen].argmin(-1)
     if args.env_id == "AntUMaze-v0":  # Alg. 2, line 3
-        states = envs.decode(places, poses[rng.integers(len(poses), size=count)])
+        states = envs.decode(goals, poses[rng.integers(len(poses), size=count)])
     else:
-        states = np.concatenate((places, ends[nearest, places.shape[1] :]), axis=1)
+        states = np.concatenate((goals, ends[nearest, goals.shape[1] :]), axis=1)
     return tuple(as_tensor(x.astype(np.float32), args.device) for x in (states, goals))  # Alg. 2, line 4
 
 
 def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuples, rows: torch.Tensor) -> dict:
-    """One maximum likelihood step on these rows of the most valuable tuples (Alg. 1, line 9); returns losses."""
+    """One maximum likelihood step on these rows of the successful tuples (Alg. 1, line 9); returns losses."""
     of_actions, of_changes = model.log_prob(tuples.states[rows], tuples.actions[rows], tuples.next_states[rows])
     losses = {"recall/action_nll": -of_actions.mean(), "recall/state_nll": -of_changes.mean()}
     losses["recall/backtracking_loss"] = sum(losses.values())  # Eq. (2)
@@ -703,48 +693,26 @@ def recall_traces(model: BacktrackingModel, starts: torch.Tensor, length: int, a
     return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
 
 
-def steps_to_goals(states, goals, in_trace, tuples: Tuples, places: slice, tolerance: float, distance: float):
-    """How many steps a state of a trace (length, N, S) is from its goal (N, G), (length, N); 0 where none is to be
-    imitated.
-
-    That is where the goal has been reached already, and all that lies before a place where it would have been reached,
-    or that is further than `distance` from all places of the tuples.
-    """
-    tree, near = KDTree(tuples.next_states[:, places].cpu().numpy()), torch.zeros_like(in_trace)
-    nearest, _ = tree.query(states[in_trace][:, places].cpu().numpy(), distance_upper_bound=distance)
-    near[in_trace] = as_tensor(np.isfinite(nearest), states.device)
-    outside = ((states[..., places] - goals) ** 2).sum(-1) >= tolerance**2
-    steps = outside.cumsum(0)
-    back_again = ~outside & (steps > 0)
-    return steps * outside * (near & ~back_again).cumprod(0)
-
-
-def split_traces(states, goals, actions, steps, num_traces: int, gamma: float) -> list[tuple[torch.Tensor, ...]]:
-    """The pairs (n, S + G) and (n, A) of so many traces (length, N, ...) at a time, told their goals (N, G), and what
-    they earn from there on, (n,): one reward of 1, so many steps later."""
+def split_traces(states, goals, actions, in_trace, num_traces: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs (n, S + G) and (n, A) of so many traces (length, N, ...) at a time, which end at goals (N, G)."""
     states = torch.cat((states, goals.expand(len(states), *goals.shape)), dim=-1)  # relabelled
-    parts = zip(*(column.split(num_traces, dim=1) for column in (states, actions, steps)), strict=True)
-    return [(states[n > 0], actions[n > 0], gamma ** (n[n > 0] - 1)) for states, actions, n in parts]
+    parts = zip(*(column.split(num_traces, dim=1) for column in (states, actions, in_trace)), strict=True)
+    return [(states[inside], actions[inside]) for states, actions, inside in parts]
 
 
-def imitate(actor: Actor, critic: Critic, traces: list, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
-    """Natural gradient steps that raise log pi(a | s) on the pairs of traces (Alg. 1, lines 12 and 13), shortened until
-    the policy has changed by no more than --imitation-kl on the states (n, S) of the last rollout; returns losses."""
+def imitate(actor: Actor, optimizer, traces: list, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
+    """Steps that raise log pi(a | s) on the pairs of traces (Alg. 1, lines 12 and 13), shortened until the policy has
+    changed by no more than --imitation-kl on the states (n, S) of the last rollout; returns losses."""
     before = parameters_to_vector(actor.parameters()).detach()
-    old_policy, losses = [part.detach() for part in actor(states)], {}
-    for trace_states, actions, returns in traces:
+    old_policy, losses = [part.detach().clone() for part in actor(states)], {}
+    for trace_states, actions in traces:
         if len(actions) == 0:
             continue
-        weights = torch.ones_like(returns)
-        if args.trace_weights == "advantage":
-            weights = (returns - critic(trace_states).detach()).clamp(min=0)
-        loss = -(weights * actor.log_prob(trace_states, actions)).mean()  # Eq. (3), its weighted mean over the pairs
-        gradient = parameters_to_vector(torch.autograd.grad(loss, [*actor.parameters()]))
-        gradient[: len(actor.log_std)] = 0  # how far the actions of traces spread is up to the model
-        product = fisher_matrix(actor, trace_states, args.cg_damping)
-        step = args.imitation_lr * conjugate_gradients(product, gradient, args.cg_iterations)
-        vector_to_parameters(parameters_to_vector(actor.parameters()).detach() - step, actor.parameters())
-        losses |= {"recall/imitation_loss": loss.detach(), "recall/trace_weight": weights.mean()}
+        loss = -actor.log_prob(trace_states, actions).mean()  # Eq. (3), its mean over the pairs
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses["recall/imitation_loss"] = loss.detach()
     with torch.no_grad():
         change = parameters_to_vector(actor.parameters()) - before
         while (kl := kl_divergence(*old_policy, *actor(states))) > args.imitation_kl:
@@ -808,7 +776,7 @@ def draw_curve(evaluations: list[tuple[int, float]], batch: int, title: str) -> 
 
 
 def write_video(path: Path, args: Args, actor: Actor) -> None:
-    """Writes an episode of the greedy agent on its way to the end of the maze, or of the box, as a GIF."""
+    """Writes an episode of the greedy agent as a GIF, on its way to the far end of the maze or to a goal in the box."""
     envs = make_envs(args, 1)
     goal = FREE[4] if args.env_id != "PointMass-v0" else evaluation_goals(envs, args)[0]
     states, _ = envs.reset(seed=args.seed, options={"goals": goal[None]})
@@ -882,8 +850,8 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False) -> GoalVector
 def with_defaults(args: Args) -> Args:
     """Fills in what depends on the environment (Held et al., 2018; App. D)."""
     ant = args.env_id == "AntUMaze-v0"
-    num_envs, num_steps = args.num_envs or NUM_ENVS[args.env_id], args.num_steps or args.max_steps
-    num_steps = num_steps or MAX_STEPS[args.env_id]
+    num_envs = args.num_envs or NUM_ENVS[args.env_id]
+    num_steps = args.num_steps or args.max_steps or MAX_STEPS[args.env_id]
     batch = num_envs * num_steps
     return replace(
         args,
@@ -898,7 +866,6 @@ def with_defaults(args: Args) -> Args:
 
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "least_success": 1, "most_success": 1, "seed": 2**63 - 1, "env_threads": 1024}
-AT_MOST |= {"recall_until": 1}
 AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size", "hidden"), 10**5)
 AT_MOST |= dict.fromkeys(("num_goals", "num_replayed_goals", "gan_batch_size", "label_rollouts", "num_envs"), 10**5)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
@@ -1063,7 +1030,8 @@ def main(args: Args) -> None:
     if args.recall != "none":
         model = BacktrackingModel(state_dim - envs.goal_dim, action_dim).to(args.device)  # Alg. 1, line 2
         buffer = TrajectoryBuffer(args.buffer_size, state_dim - envs.goal_dim)
-        parts |= {"backtracking_model": model, "buffer": buffer}
+        imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
+        parts |= {"backtracking_model": model, "buffer": buffer, "imitation_optimizer": imitation_optimizer}
         if args.recall == "learned":
             model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
             parts["backtracking_optimizer"] = model_optimizer
@@ -1183,8 +1151,10 @@ def main(args: Args) -> None:
             progress.update(batch)
             if args.recall != "none":
                 buffer.add(rollout)  # Alg. 1, line 5
+            if step % outer_batch:
+                continue
 
-            if step % outer_batch == 0 and args.goals == "gan":  # which goals are of intermediate difficulty now?
+            if args.goals == "gan":  # which goals are of intermediate difficulty now?
                 rates = successes(envs, actor, goals, args.label_rollouts, rngs["labels"]).mean(0)
                 labels = (rates > args.least_success) & (rates < args.most_success)
                 losses |= update_goal_gan(gan, gan_optimizers, goals, labels, args, rngs["goals"])
@@ -1192,9 +1162,7 @@ def main(args: Args) -> None:
                 visited = rollout.next_states[..., places].reshape(-1, envs.goal_dim)
                 replay.add(np.concatenate((goals[labels], rngs["goals"].permutation(visited)[:10_000])))
 
-            if args.recall == "none":
-                continue
-            if step // batch % args.recall_every or step > args.recall_until * args.total_timesteps:
+            if args.recall == "none" or step // outer_batch % args.recall_every:
                 continue
             tuples, rng = successful_tuples(buffer, args.device), rngs["recall"]  # Alg. 1, line 8
             if tuples is None or len(tuples.times) < 2:
@@ -1209,12 +1177,9 @@ def main(args: Args) -> None:
             starts, their_goals = high_value_states(envs, gan, poses, buffer, count, args, rng)
             losses["recall/start_value"] = critic(torch.cat((starts, their_goals), dim=-1)).mean().detach()
             trace_states, actions, in_trace = recall_traces(model, starts, args.trace_length, args, rng)
-            reach = envs.tolerance, args.trace_distance * envs.tolerance
-            steps = steps_to_goals(trace_states, their_goals, in_trace, tuples, places, *reach)
-            losses["recall/trace_share"] = (steps > 0).float().mean()
             # Alg. 1, lines 12 and 13: imitate them
-            traces = split_traces(trace_states, their_goals, actions, steps, args.num_traces, args.gamma)
-            losses |= imitate(actor, critic, traces, seen, args)
+            traces = split_traces(trace_states, their_goals, actions, in_trace, args.num_traces)
+            losses |= imitate(actor, imitation_optimizer, traces, seen, args)
 
         save_checkpoint()
         log()

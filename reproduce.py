@@ -109,7 +109,7 @@ TRUST_REGION = {
 # 40 outer iterations for a point mass.
 GOAL_GAN = {
     "smoke": "--total-timesteps 2000 --num-envs 20 --num-steps 50 --inner-iterations 1 --num-goals 20 "
-    "--label-rollouts 1 --gan-updates 10 --eval-episodes 1 --recall-until 1",
+    "--label-rollouts 1 --gan-updates 10 --eval-episodes 1",
     "laptop": "--total-timesteps 4000000",
     "paper": "--total-timesteps 4000000",
 }

@@ -228,7 +228,7 @@ class AntUMazeVectorEnv(GoalVectorEnv):
     """Ants in U-mazes. The centre of mass of a torso with its legs has to come within 1 m of the goal.
 
     Observation (43): positions (15) and velocities (14) of the joints, the torso's rotation matrix (9), the centre of
-    mass (3), the goal (2); with `contact_forces` also those on each body, clipped to [-1, 1] (84, before the goal).
+    mass (3), the goal (2); with `contact_forces` also those on each body, clipped to [-1, 1] (78, before the goal).
     The episode ends when the torso is lower than 0.3 m or higher than 1 m, or after `max_steps` steps of 0.02 s.
 
     The states of all environments are one array, stepped by MuJoCo in `num_threads` native threads. Every step starts
@@ -316,7 +316,7 @@ class AntUMazeVectorEnv(GoalVectorEnv):
     def feasible_states(self, count: int, rng: np.random.Generator, steps: int = 100) -> np.ndarray:
         """`count` states (count, 30) of ants that stand: after `steps` Brownian actions from the standing pose, kept if
         the ant has not fallen and would not fall within as many steps without any action (facts of Florensa et al.,
-        2017). Their positions are near the start; `move_states` takes them elsewhere."""
+        2017). Their positions are near the start; `decode` takes them elsewhere."""
         found = []
         before = getattr(self, "states", None)
         while sum(map(len, found)) < count:

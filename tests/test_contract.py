@@ -154,7 +154,6 @@ SCRIPTS = {
             "gan_updates": 20,
             "trace_limit": 1e6,
             "recall_updates": 1,
-            "recall_until": 1.0,
             "num_traces": 8,
             "trace_length": 5,
             "backtracking_updates": 4,
@@ -165,7 +164,6 @@ SCRIPTS = {
             ("env-id", {"env_id": "HalfCheetah-v5"}),
             ("contact-forces", {"contact_forces": True}),
             ("dims", {"dims": 7}),
-            ("recall-until", {"recall_until": 1.5}),
             ("max-kl", {"max_kl": 0.0}),
             ("num-traces", {"num_traces": 10**4, "recall_updates": 10**4}),
             ("trace-length", {"trace_length": 10**6}),
@@ -173,14 +171,7 @@ SCRIPTS = {
         ),
         left_out=frozenset({"top-fraction", "top-trajectories"}),
         tags=frozenset(
-            {
-                "goals/intermediate",
-                "recall/trace_survival",
-                "recall/trace_share",
-                "recall/trace_weight",
-                "recall/imitation_kl",
-                "recall/trace_error_of_first_step",
-            }
+            {"goals/intermediate", "recall/trace_survival", "recall/imitation_kl", "recall/trace_error_of_first_step"}
         ),
     ),
 }
