@@ -899,6 +899,15 @@ CLAIMS = (
         (SAC_RATIOS["20 : 5 (10)"], SAC_RATIOS["20 : 5 (20)"]),
         ("HalfCheetah-v5", "Hopper-v5"),
     ),
+    *(
+        Claim(
+            "point-mass",
+            f"Goal GAN: recall traces raise coverage faster ({panel.title})",
+            (panel.runs["recall traces"], panel.runs["Goal GAN"]),
+            statistic=MEAN_RETURN,
+        )
+        for panel in POINT_MASSES
+    ),
 )
 
 
