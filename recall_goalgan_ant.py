@@ -150,7 +150,7 @@ class Args:
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
     num_traces: int = 64
-    """recall traces per imitation update, each from a state of its own"""
+    """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
     recall_every: int = 1

@@ -259,7 +259,7 @@ FIGURES = {
             *mazes(("AntUMaze-v0",), "pictures", "pictures/coverage"),
             *mazes(("AntUMaze-v0",), "curves", "eval/coverage"),
         ),
-        note="An outer iteration is 250 000 steps, half the paper's.",
+        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's.",
         seeds=3,
     ),
     "fig6": PaperFigure(
@@ -305,7 +305,7 @@ FIGURES = {
             *heat_maps("AntUMaze-v0", 1_250_000, 5_000_000, 10_000_000),
             *mazes(("AntUMaze-v0",), "curves", "eval/coverage"),
         ),
-        note="An outer iteration is 250 000 steps, half the paper's.",
+        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's.",
         seeds=3,
     ),
     "fig13": PaperFigure(
