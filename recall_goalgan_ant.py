@@ -364,6 +364,7 @@ class Tuples(NamedTuple):
     states: np.ndarray
     actions: np.ndarray  # from -1 to 1
     next_states: np.ndarray
+    goals: np.ndarray
     times: np.ndarray  # steps since the episode's start
 
 
@@ -389,11 +390,10 @@ class TrajectoryBuffer:
             start = 0
             for end in (np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1).tolist():
                 if rollout.rewards[end - 1, i] > 0:
-                    states, next_states = (
-                        x[start:end, i, : self.state_dim].copy() for x in (rollout.states, rollout.next_states)
-                    )
+                    states, goals = np.split(rollout.states[start:end, i].copy(), [self.state_dim], axis=-1)
+                    next_states = rollout.next_states[start:end, i, : self.state_dim].copy()
                     actions = rollout.actions[start:end, i].clip(-1, 1)
-                    self.trajectories.append(Tuples(states, actions, next_states, np.arange(end - start)))
+                    self.trajectories.append(Tuples(states, actions, next_states, goals, np.arange(end - start)))
                     self.number += 1
                 start = end
         steps = sum(len(tuples.times) for tuples in self.trajectories)
@@ -646,18 +646,19 @@ def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: Traj
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
     Of twice as many goals these are the half nearer to where successful trajectories ended; others may lie in walls. D
-    turns a goal into a state: an ant there in a pose of `poses`, or a point there with the velocity of the trajectory
-    that ended nearest to it.
+    turns a goal into a state that has just reached it, as far off as the trajectory that ended nearest to it was from
+    its own goal: an ant in a pose of `poses`, or a point with the last velocity of that trajectory.
     """
     goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
     ends = np.stack([tuples.next_states[-1] for tuples in buffer.trajectories])
     distances = ((ends[:, envs.places] - goals[:, None]) ** 2).sum(-1)
     chosen = rng.permutation(distances.min(-1).argsort(stable=True)[:count])
     goals, nearest = goals[chosen], distances[chosen].argmin(-1)
+    places = goals + (ends[:, envs.places] - np.stack([tuples.goals[-1] for tuples in buffer.trajectories]))[nearest]
     if args.env_id == "AntUMaze-v0":  # Alg. 2, line 3
-        states = envs.decode(goals, poses[rng.integers(len(poses), size=count)])
+        states = envs.decode(places, poses[rng.integers(len(poses), size=count)])
     else:
-        states = np.concatenate((goals, ends[nearest, goals.shape[1] :]), axis=1)
+        states = np.concatenate((places, ends[nearest, places.shape[1] :]), axis=1)
     return tuple(as_tensor(x.astype(np.float32), args.device) for x in (states, goals))  # Alg. 2, line 4
 
 
@@ -1178,6 +1179,7 @@ def main(args: Args) -> None:
             losses["recall/start_value"] = critic(torch.cat((starts, their_goals), dim=-1)).mean().detach()
             trace_states, actions, in_trace = recall_traces(model, starts, args.trace_length, args, rng)
             # Alg. 1, lines 12 and 13: imitate them
+            in_trace &= ((trace_states[..., places] - their_goals) ** 2).sum(-1) >= envs.tolerance**2  # not there yet
             traces = split_traces(trace_states, their_goals, actions, in_trace, args.num_traces)
             losses |= imitate(actor, imitation_optimizer, traces, seen, args)
 
