@@ -112,14 +112,14 @@ class Args:
     # recall traces
     recall: Literal["none", "random", "learned"] = "learned"
     """none: plain soft actor-critic; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int = 32
+    num_traces: int = 64
     """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for Ant and Humanoid and 20 for all others (Table 2)"""
-    recall_every: int = 250
+    recall_every: int = 200
     """soft actor-critic updates per recall phase"""
-    recall_updates: int = 50
-    """imitation updates per recall phase, each with new traces (App. H: 250, 500 or 1000 for 250 real updates)"""
+    recall_updates: int = 10
+    """imitation updates per recall phase, each with new traces (App. H: 200, 400 or 800 for 200 real updates)"""
     recall_tuples: int = 20_000
     """tuples drawn from the replay buffer for each recall phase (E.2)"""
     top_fraction: float = 0.1
@@ -132,15 +132,15 @@ class Args:
     """step size of Adam for the backtracking model (beta in Alg. 1)"""
     imitation_lr: float = 3e-4
     """step size of Adam for the imitation of traces"""
-    action_noise: float = 0.3
-    """standard deviation of imagined actions as a share of the model's own (the paper: 1)"""
+    action_noise: float = 1.0
+    """standard deviation of imagined actions as a share of the model's own, which is that of the data (App. C)"""
     state_noise: float = 0.5
     """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
     trace_limit: float = 5.0
     """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
     imitation_limit: float = 5.0
     """steps of a trace to which the policy gives less than exp(-limit) of the uniform density are not imitated"""
-    trace_filter: Literal["none", "advantage"] = "advantage"
+    trace_filter: Literal["none", "advantage"] = "none"
     """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action; none: all"""
 
 

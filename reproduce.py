@@ -188,9 +188,9 @@ LENGTHS = {"1 : 1 (25)": ONCE} | {
 
 TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
 MODELS = {"soft actor-critic": SAC_NONE, "untrained model": SAC_RANDOM, "recall traces": SAC_LEARNED}
-# As in the paper, so many updates from recall traces for 5 of soft actor-critic; there are 250 between recall phases.
+# As in the paper, so many updates from recall traces for 5 of soft actor-critic; there are 200 between recall phases.
 SAC_RATIOS = {"soft actor-critic": SAC_NONE} | {
-    f"{n} : 5 ({length})": f"{SAC_LEARNED} --recall-updates {50 * n} --trace-length {length}"
+    f"{n} : 5 ({length})": f"{SAC_LEARNED} --recall-updates {40 * n} --trace-length {length}"
     for n, length in ((5, 20), (10, 20), (20, 20), (20, 10))
 }
 TRPO_MODELS = {"TRPO": TRPO_NONE, "untrained model": TRPO_RANDOM, "forward model": TRPO_FORWARD}
