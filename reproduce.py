@@ -44,7 +44,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,6 +72,8 @@ class Args:
     """print the commands of all runs that are left, one a line, and stop"""
     plot_only: bool = False
     """start no run, draw what the finished ones give"""
+    extend: bool = False
+    """keep what data.csv of each figure has, whichever version made it, and run only what it lacks"""
     scale: Literal["smoke", "laptop", "paper"] = "laptop"
     """length of the runs; smoke: tiny, to see that all works; laptop: hours on 2 cores; paper: the paper's budget"""
     seeds: int | None = None
@@ -563,36 +565,45 @@ class Curves(NamedTuple):
         return self.values.get("eval/success_rate", self.values.get("eval/coverage"))
 
 
-Pictures = dict[str, dict[str, dict[int, bytes]]]
+class Pictures(NamedTuple):
+    """What one seed of a setting has drawn."""
+
+    seed: int
+    images: dict[str, dict[int, bytes]]  # by tag and step
 
 
-def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], Pictures, list[Run]]:
-    """The curves of every setting of a figure, the pictures of a typical seed, and the runs that did not finish.
-
-    Pictures are by command, tag and step.
-    """
-    curves, pictures, missing = {}, {}, []
+def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], dict[str, Pictures], list[Run]]:
+    """The curves of every setting of a figure, the pictures of a typical seed, and the runs that did not finish."""
+    old, pictures, missing = kept(name, args), {}, []
+    curves = {**old}
     for command, runs in figure_runs(name, args).items():
+        scalars = {}  # of each seed: tag to steps to values
+        if command in old:
+            seeds, steps, values = old[command]
+            for i, seed in enumerate(seeds):
+                scalars[seed] = {tag: dict(zip(steps.tolist(), v[i], strict=True)) for tag, v in values.items()}
         read = {seed: read_run(run) if run.folder.exists() else None for seed, run in enumerate(runs, start=1)}
-        missing += [run for run, events in zip(runs, read.values(), strict=True) if events is None]
+        missing += [runs[seed - 1] for seed, events in read.items() if events is None and seed not in scalars]
         read = {seed: events for seed, events in read.items() if events is not None}
-        if not read:
+        for seed, events in read.items():
+            if seed not in scalars:
+                tags = events.Tags()["scalars"]
+                scalars[seed] = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+        if not scalars:
             continue
-        scalars = [
-            {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-            for events in read.values()
-        ]
-        tags = sorted({tag for tags in scalars for tag in tags if tag.startswith("eval/")})
-        steps = sorted({step for tags in scalars for step in tags["eval/return"]})
+        seeds = sorted(scalars)
+        tags = sorted({tag for tags in scalars.values() for tag in tags if tag.startswith("eval/")})
+        steps = sorted({step for tags in scalars.values() for step in tags["eval/return"]})
         values = {
-            tag: np.array([[s.get(tag, {}).get(step, np.nan) for step in steps] for s in scalars]) for tag in tags
+            tag: np.array([[scalars[seed].get(tag, {}).get(step, np.nan) for step in steps] for seed in seeds])
+            for tag in tags
         }
-        curves[command] = Curves([*read], np.array(steps), values)
-        typical = typical_seed(curves[command])
-        images = read[typical].Tags()["images"]
-        pictures[command] = {
-            tag: {event.step: event.encoded_image_string for event in read[typical].Images(tag)} for tag in images
-        }
+        curves[command] = Curves(seeds, np.array(steps), values)
+        if read:
+            seed = typical_seed(curves[command], [*read])
+            images, tags = read[seed].Images, read[seed].Tags()["images"]
+            shown = {tag: {event.step: event.encoded_image_string for event in images(tag)} for tag in tags}
+            pictures[command] = Pictures(seed, shown)
     return curves, pictures, missing
 
 
@@ -624,6 +635,30 @@ def read_data(path: Path) -> dict[str, Curves]:
         steps = np.array([*next(iter(seeds.values()))])
         curves[command] = Curves([*seeds], steps, {tag: table[:, :, i] for i, tag in enumerate(tags)})
     return curves
+
+
+def kept(name: str, args: Args) -> dict[str, Curves]:
+    """With --extend, what the figure has been made of so far; run folders are not needed for that."""
+    folder = args.results_dir / name
+    if not args.extend or not (folder / "data.csv").exists():
+        return {}
+    curves, made = read_data(folder / "data.csv"), (folder / "commands.txt").read_text()
+    for command, setting in curves.items():
+        for seed in setting.seeds:
+            if f"{shlex.join(('python', *make_run(command, seed, args).command))} " not in made:
+                fail(f"--extend: {folder} was made at another scale than {args.scale}, take another --results-dir")
+    return curves
+
+
+def runs_of(names: Iterable[str], args: Args) -> list[Run]:
+    """All runs of these figures, but those that are kept."""
+    runs = {}
+    for name in names:
+        old = kept(name, args)
+        for command, of_setting in figure_runs(name, args).items():
+            done = old[command].seeds if command in old else ()
+            runs |= {run: None for seed, run in enumerate(of_setting, start=1) if seed not in done}
+    return [*runs]
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -673,11 +708,12 @@ def statistics(setting: Curves) -> dict[str, np.ndarray]:
     return found
 
 
-def typical_seed(setting: Curves) -> int:
-    """The seed nearest to the interquartile mean of cells visited or, where these are not counted, of all returns."""
+def typical_seed(setting: Curves, among: list[int]) -> int:
+    """Which of some seeds is nearest to the interquartile mean of cells visited or, if not counted, of all returns."""
     found = statistics(setting)
     values = found.get("last eval/visited_cells", found["mean eval/return"])
-    return setting.seeds[np.abs(values - interquartile_mean(values)).argmin()]
+    distances = dict(zip(setting.seeds, np.abs(values - interquartile_mean(values)), strict=True))
+    return min(among, key=distances.get)
 
 
 def write_summary(path: Path, curves: dict[str, Curves]) -> None:
@@ -703,11 +739,12 @@ LABELS["eval/coverage"] = "coverage: share of goals reached"
 MORE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
-def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: Pictures) -> Figure:
+def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[str, Pictures]) -> Figure:
     """All panels of a figure; a panel of pictures is one axes for each of them."""
     boxes = []  # (panel, its runs)
     for panel in figure.panels:
-        runs = {label: command for label, command in panel.runs.items() if command in curves}
+        there = pictures if panel.kind == "pictures" else curves
+        runs = {label: command for label, command in panel.runs.items() if command in there}
         boxes += [(panel, {label: runs[label]}) for label in runs] if panel.kind == "pictures" else [(panel, runs)]
     across = 2 if len(boxes) == 4 and not any(panel.kind == "pictures" for panel, _ in boxes) else min(len(boxes), 3)
     down = -(-len(boxes) // across)
@@ -717,11 +754,12 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: Pictur
         for axes, (panel, runs) in zip(drawing.subplots(down, across, squeeze=False).flat, boxes, strict=False):
             if panel.kind == "pictures":
                 ((label, command),) = runs.items()
-                shown = pictures[command][panel.tag]
+                seed, images = pictures[command]
+                shown = images[panel.tag]
                 last = max(step for step in shown if panel.until is None or step <= panel.until)
                 axes.imshow(Image.open(io.BytesIO(shown[last])))
                 axes.axis("off")
-                axes.set_title(f"{label}, {panel.title}, seed {typical_seed(curves[command])}", fontsize=13)
+                axes.set_title(f"{label}, {panel.title}, seed {seed}", fontsize=13)
                 continue
             free = [colour for colour in MORE_COLOURS if colour not in map(COLOURS.get, panel.runs)]
             own = [label for label in panel.runs if label not in COLOURS]
@@ -1016,16 +1054,19 @@ def make_figure(name: str, args: Args) -> bool:
         print(f"{name}: {len(missing)} runs are not finished, the first is {missing[0].folder}", file=sys.stderr)
     if not curves:
         return False
-    folder, runs = args.results_dir / name, figure_runs(name, args).values()
-    runs = [run for of_setting in runs for run in of_setting if run not in missing]
+    folder, runs = args.results_dir / name, [run for run in runs_of([name], args) if run not in missing]
     origins = Counter(Path(f"{run.folder}.json").read_text() for run in runs if Path(f"{run.folder}.json").exists())
     made = [json.loads(text) | {"runs": number} for text, number in sorted(origins.items())]
+    commands = "".join(f"{shlex.join(('python', *run.start()))}\n" for run in runs)
+    if kept(name, args):
+        made = json.loads((folder / "origin.json").read_text()) + made
+        commands = (folder / "commands.txt").read_text() + commands
     with tempfile.TemporaryDirectory(dir=args.results_dir) as temporary:  # so that a kill leaves whole files
         new = Path(temporary)
         write_data(new / "data.csv", curves)
         curves = read_data(new / "data.csv")
         write_summary(new / "summary.csv", curves)
-        (new / "commands.txt").write_text("".join(f"{shlex.join(('python', *run.start()))}\n" for run in runs))
+        (new / "commands.txt").write_text(commands)
         (new / "origin.json").write_text(json.dumps(made, indent=4) + "\n")
         draw_figure(FIGURES[name], curves, pictures).savefig(new / f"{name}.png", dpi=110)
         folder.mkdir(exist_ok=True)
@@ -1044,7 +1085,7 @@ def main(args: Args) -> None:
     args.results_dir = args.results_dir or Path("results/smoke" if smoke else "results")
     check(args)
     names = args.figures or [*FIGURES]
-    runs = [*dict.fromkeys(run for name in names for runs in figure_runs(name, args).values() for run in runs)]
+    runs = runs_of(names, args)
     if args.dry_run:
         for left in filter(None, map(what_is_left, runs)):
             print(shlex.join(("python", *left)))

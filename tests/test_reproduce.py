@@ -94,19 +94,21 @@ def test_lasting_success_allows_one_failure_in_ten():
 
 def test_the_typical_seed_is_next_to_the_mean():
     visited = [[np.nan, n] for n in (30, 10, 11, 12, 90, 14, 15, 16)]  # the middle half: 12, 14, 15, 16
-    assert reproduce.typical_seed(curves(np.zeros((8, 2)), visited=visited)) == 6
+    everyone = [*range(1, 9)]
+    assert reproduce.typical_seed(curves(np.zeros((8, 2)), visited=visited), everyone) == 6
     returns = [[0, n] for n in (30, 10, 11, 12, 90, 14, 15, 16)]
-    assert reproduce.typical_seed(curves(returns)) == 6
+    assert reproduce.typical_seed(curves(returns), everyone) == 6
+    assert reproduce.typical_seed(curves(returns), [1, 3, 5]) == 3
 
 
 def test_a_panel_of_pictures_shows_the_last_one_up_to_its_step():
     data, shown = {command: curves(np.zeros((2, 4))) for command in ("one", "two")}, {}
     for n, command in enumerate(data):
         images = {step: Image.new("L", (2, 2), step // 100 + 10 * n) for step in (0, 100, 200, 300)}
-        shown[command] = {"pictures/x": {}}
+        shown[command] = reproduce.Pictures(n, {"pictures/x": {}})
         for step, image in images.items():
             image.save(file := io.BytesIO(), "PNG")
-            shown[command]["pictures/x"][step] = file.getvalue()
+            shown[command].images["pictures/x"][step] = file.getvalue()
     panels = tuple(
         reproduce.Panel("", {command: command}, "pictures", "pictures/x", until)
         for command in data
@@ -396,6 +398,29 @@ def test_deleted_results_come_back_byte_for_byte(tmp_path, uninterrupted):
     status, _, errors = run(folder, steps=SMALL.replace("6000", "30000"))
     assert (status, errors) == (0, "")
     assert contents(folder / "results") == before
+
+
+def test_extend_keeps_what_there_is_and_runs_only_what_it_lacks(tmp_path, uninterrupted):
+    steps = SMALL.replace("6000", "30000")
+    shutil.copytree(uninterrupted / "results", tmp_path / "results")
+    status, commands, errors = run(tmp_path, "--extend", "--seeds", "2", "--dry-run", steps=steps)
+    assert (status, errors, commands.count("--seed 2"), len(commands.splitlines())) == (0, "", 2, 2)
+    for _ in range(2):  # the second time there is nothing left to do
+        status, _, errors = run(tmp_path, "--extend", "--seeds", "2", steps=steps)
+        assert (status, errors) == (0, "")
+        rows = data(tmp_path).decode().splitlines()
+        assert [row for row in rows if ",2," not in row] == data(uninterrupted).decode().splitlines()
+        assert len(rows) == 2 * len(data(uninterrupted).decode().splitlines()) - 1
+        folder = tmp_path / "results" / "smoke" / "fig2"
+        assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [2, 2]
+        assert [line.count("--seed 2") for line in (folder / "commands.txt").read_text().splitlines()] == [0, 0, 1, 1]
+    assert len([*tmp_path.glob("runs/reproduce/*/*/args.json")]) == 2
+    before = contents(tmp_path)
+    status, _, errors = run(tmp_path, "--extend", "--seeds", "3", steps=SMALL)
+    assert status == 2 and errors.startswith("error: --extend: ") and errors.count("\n") == 1
+    assert {k: v for k, v in contents(tmp_path).items() if k.name != "driver.py"} == {
+        k: v for k, v in before.items() if k.name != "driver.py"
+    }
 
 
 def test_commands_of_a_dry_run_give_the_same_figure(tmp_path, uninterrupted):
