@@ -522,13 +522,14 @@ def imitate(actor: Actor, critic: Critic, optimizer, states, actions, args: Args
     (imitated,) = torch.nonzero(log_probs > uniform - args.imitation_limit, as_tuple=True)
     if args.trace_filter == "advantage":
         imitated = imitated[advantages(actor, critic, states[imitated], actions[imitated]) > 0]
+    share = torch.tensor(len(imitated) / max(1, len(actions)))
     if len(imitated) == 0:
-        return {}
+        return {"recall/imitated": share}
     loss = -log_probs[imitated].mean()  # Eq. (3), its mean over the pairs
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return {"recall/imitation_loss": loss.detach()}
+    return {"recall/imitation_loss": loss.detach(), "recall/imitated": share}
 
 
 @torch.no_grad()

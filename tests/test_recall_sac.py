@@ -612,7 +612,7 @@ def test_imitation_raises_the_log_probability_of_the_traces():
     ):
         weight.data -= 0.01 * gradient
     before = actor.log_prob(states, actions).mean()
-    losses = script.imitate(actor, critic, sgd(actor.parameters(), 0.01), states, actions, Args(trace_filter="none"))
+    losses = script.imitate(actor, critic, sgd(actor.parameters(), 0.01), states, actions, Args())
     assert float(losses["recall/imitation_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     for weight, other in zip(actor.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6)
@@ -626,8 +626,9 @@ def test_steps_that_the_policy_would_hardly_take_are_not_imitated():
     likely = actor.log_prob(states, actions).exp() > math.exp(-0.3) / 4
     assert 5 < likely.sum() < 45
     other = copy.deepcopy(actor)
-    limited, free = Args(imitation_limit=0.3, trace_filter="none"), Args(imitation_limit=1e9, trace_filter="none")
-    script.imitate(actor, critic, sgd(actor.parameters()), states, actions, limited)
+    limited, free = Args(imitation_limit=0.3), Args(imitation_limit=1e9)
+    losses = script.imitate(actor, critic, sgd(actor.parameters()), states, actions, limited)
+    assert float(losses["recall/imitated"]) == pytest.approx(float(likely.float().mean()))
     script.imitate(other, critic, sgd(other.parameters()), states[likely], actions[likely], free)
     for weight, expected in zip(actor.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
@@ -640,7 +641,7 @@ def test_the_filter_leaves_what_the_critics_prefer_to_the_greedy_action():
     assert 5 < better.sum() < 45
     other, args = copy.deepcopy(actor), Args(trace_filter="advantage")
     script.imitate(actor, critic, sgd(actor.parameters()), states, actions, args)
-    script.imitate(other, critic, sgd(other.parameters()), states[better], actions[better], Args(trace_filter="none"))
+    script.imitate(other, critic, sgd(other.parameters()), states[better], actions[better], Args())
     for weight, expected in zip(actor.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
 
@@ -649,12 +650,11 @@ def test_the_filter_leaves_what_the_critics_prefer_to_the_greedy_action():
 def test_where_nothing_is_left_to_imitate_the_policy_stands_still(pairs, trace_filter):
     actor, critic = networks()
     optimizer = torch.optim.Adam(actor.parameters())
-    script.imitate(
-        actor, critic, optimizer, randn(4, STATE_DIM), randn(4, ACTION_DIM).tanh(), Args(trace_filter="none")
-    )  # momentum
+    script.imitate(actor, critic, optimizer, randn(4, STATE_DIM), randn(4, ACTION_DIM).tanh(), Args())  # momentum
     states = randn(pairs, STATE_DIM)
     actions, before = actor(states)[0].tanh().detach(), copies(actor)  # the greedy ones: no advantage
-    script.imitate(actor, critic, optimizer, states, actions, Args(trace_filter=trace_filter))
+    losses = script.imitate(actor, critic, optimizer, states, actions, Args(trace_filter=trace_filter))
+    assert losses == {"recall/imitated": 0}
     assert all(torch.equal(*pair) for pair in zip(actor.parameters(), before, strict=True))
 
 
