@@ -969,6 +969,7 @@ def catch_signals():
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: measures the coverage of a trained agent, and may write a GIF."""
+    torch.set_num_threads(args.torch_threads)
     saved, checkpoint = read_run(args.evaluate, "evaluate")
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
