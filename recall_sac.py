@@ -45,6 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from gymnasium.envs.mujoco import MujocoEnv
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -640,6 +641,9 @@ def draw_returns(evaluations: list[tuple[int, float]], title: str) -> Figure:
 def write_video(path: Path, args: Args, actor: Actor) -> None:
     """Writes the first ten seconds of an episode of the greedy agent as a GIF, at about 25 frames a second."""
     env = make_env(args, render_mode="rgb_array")
+    if isinstance(env.unwrapped, MujocoEnv):  # the camera that follows the agent; -1, the free one, if there is none
+        camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        env.unwrapped.mujoco_renderer.camera_id = camera
     fps = env.metadata["render_fps"]
     every = max(1, round(fps / 25))
     state, _ = env.reset(seed=args.seed)

@@ -18,6 +18,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -784,6 +785,28 @@ def test_training_writes_a_video_only_when_told(name, tmp_path, finished):
     (video,) = train(name, tmp_path / "run", capture_video=True).glob("*.gif")
     with Image.open(video) as image:
         assert image.n_frames > 1
+
+
+@pytest.mark.parametrize("name", ["recall_sac", "recall_trpo"])
+def test_the_camera_follows_the_agent(name, tmp_path, monkeypatch):
+    """A hopper that is put 50 m further is in the picture nevertheless; it is the only thing there that is brown."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        monkeypatch.setenv("MUJOCO_GL", "egl")
+    script = importlib.import_module(name)
+    make_env = script.make_env
+
+    class Far(gym.Wrapper):
+        def reset(self, **options):
+            found = super().reset(**options)
+            self.unwrapped.set_state(self.unwrapped.data.qpos + 50 * np.eye(6)[0], self.unwrapped.data.qvel)
+            return found
+
+    monkeypatch.setattr(script, "make_env", lambda *args, **options: Far(make_env(*args, **options)))
+    actor = script.Actor(script.Normaliser(11), 11, 3, 8) if name == "recall_trpo" else script.Actor(11, 3, 8)
+    script.write_video(tmp_path / "agent.gif", script.Args(env_id="Hopper-v5"), actor)
+    with Image.open(tmp_path / "agent.gif") as image:
+        red, _, blue = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
+    assert (red - blue > 40).sum() > 300
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
