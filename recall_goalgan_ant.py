@@ -645,16 +645,17 @@ def successful_tuples(buffer: TrajectoryBuffer, device: str, held_out: bool = Fa
 def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: TrajectoryBuffer, count: int, args, rng):
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
-    Of twice as many goals these are the half nearer to where successful trajectories ended; others may lie in walls. D
-    turns a goal into a state that has just reached it, as far off as the trajectory that ended nearest to it was from
-    its own goal: an ant in a pose of `poses`, or a point with the last velocity of that trajectory.
+    Of twice as many goals these are the half nearer to goals that have been reached; others may lie in walls. D turns a
+    goal into a state that has just reached it, as far off as the trajectory with the nearest goal ended from its own: an
+    ant in a pose of `poses`, or a point with the last velocity of that trajectory.
     """
     goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
+    reached = np.stack([tuples.goals[-1] for tuples in buffer.trajectories])
     ends = np.stack([tuples.next_states[-1] for tuples in buffer.trajectories])
-    distances = ((ends[:, envs.places] - goals[:, None]) ** 2).sum(-1)
+    distances = ((reached - goals[:, None]) ** 2).sum(-1)
     chosen = rng.permutation(distances.min(-1).argsort(stable=True)[:count])
     goals, nearest = goals[chosen], distances[chosen].argmin(-1)
-    places = goals + (ends[:, envs.places] - np.stack([tuples.goals[-1] for tuples in buffer.trajectories]))[nearest]
+    places = goals + (ends[:, envs.places] - reached)[nearest]
     if args.env_id == "AntUMaze-v0":  # Alg. 2, line 3
         states = envs.decode(places, poses[rng.integers(len(poses), size=count)])
     else:
@@ -692,6 +693,11 @@ def recall_traces(model: BacktrackingModel, starts: torch.Tensor, length: int, a
         # One that has left is of no more use; it waits at the border, so that its numbers stay finite.
         next_states = next_states.clamp(model.state_mean - reach, model.state_mean + reach)
     return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
+
+
+def outside(places: torch.Tensor, goals: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Where the goals (N, G) have not been reached yet, (length, N); there an episode to them would go on."""
+    return ((places - goals) ** 2).sum(-1) >= tolerance**2
 
 
 def split_traces(states, goals, actions, in_trace, num_traces: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -1051,7 +1057,7 @@ def main(args: Args) -> None:
                 rng.bit_generator.state = checkpoint["rngs"][name]
             step, losses, goals = checkpoint["step"], deepcopy(checkpoint["losses"]), checkpoint["goals"].numpy().copy()
             finished, evaluations = checkpoint["finished"], checkpoint["evaluations"]
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}".splitlines()[0])
     cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
     del checkpoint
@@ -1180,7 +1186,7 @@ def main(args: Args) -> None:
             losses["recall/start_value"] = critic(torch.cat((starts, their_goals), dim=-1)).mean().detach()
             trace_states, actions, in_trace = recall_traces(model, starts, args.trace_length, args, rng)
             # Alg. 1, lines 12 and 13: imitate them
-            in_trace &= ((trace_states[..., places] - their_goals) ** 2).sum(-1) >= envs.tolerance**2  # not there yet
+            in_trace &= outside(trace_states[..., places], their_goals, envs.tolerance)
             traces = split_traces(trace_states, their_goals, actions, in_trace, args.num_traces)
             losses |= imitate(actor, imitation_optimizer, traces, seen, args)
 

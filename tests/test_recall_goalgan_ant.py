@@ -178,7 +178,7 @@ def test_the_buffer_holds_the_newest_trajectories_that_reached_their_goal(tmp_pa
 # ------------------------------------------------------------------------------------------------------ recall traces
 
 
-def test_high_value_states_are_points_at_generated_goals_with_the_velocity_of_the_nearest_success():
+def test_high_value_states_are_points_that_have_just_reached_generated_goals_as_the_nearest_success_did():
     """Alg. 2"""
     buffer, gan = TrajectoryBuffer(10**6, 4), GoalGAN(np.array([-3.0, -3.0]), np.array([7.0, 7.0]))
     for rollout, _ in rollouts(3):
@@ -189,11 +189,11 @@ def test_high_value_states_are_points_at_generated_goals_with_the_velocity_of_th
     ends = np.array([tuples.next_states[-1] for tuples in buffer.trajectories])
     their_goals = np.array([tuples.goals[-1] for tuples in buffer.trajectories])
     drawn = script.draw_goals(gan, 100, args, np.random.default_rng(0))
-    distances = np.linalg.norm(ends[:, :2] - drawn[:, None], axis=-1).min(-1)
+    distances = np.linalg.norm(their_goals - drawn[:, None], axis=-1).min(-1)
     nearer = drawn[distances < np.median(distances)].astype(np.float32)
     assert sorted(map(tuple, goals.numpy())) == sorted(map(tuple, nearer))
     for state, goal in zip(states.numpy(), goals.numpy(), strict=True):
-        nearest = np.linalg.norm(ends[:, :2] - goal, axis=1).argmin()
+        nearest = np.linalg.norm(their_goals - goal, axis=1).argmin()
         assert np.array_equal(state[2:], ends[nearest, 2:])
         assert state[:2] - goal == pytest.approx(ends[nearest, :2] - their_goals[nearest], abs=1e-6)
     assert (np.linalg.norm((states[:, :2] - goals).numpy(), axis=1) < 0.3).all()  # they have just been reached
@@ -211,6 +211,16 @@ def test_high_value_states_are_standing_ants_that_have_just_reached_generated_go
     assert distances.amin(1).max() < 1e-5 and (states[:, ants.places] - goals).norm(dim=1).min() > 0.2
     heights = {round(float(z), 4) for z in poses[:, 3]}
     assert {round(float(z), 4) for z in states[:, 2]} <= heights
+
+
+def test_steps_at_a_goal_are_those_at_which_the_environment_ends_an_episode():
+    points = PointUMazeVectorEnv(200)
+    states, _ = points.reset(seed=0, options={"goals": np.random.default_rng(0).uniform(-0.5, 0.5, (200, 2))})
+    goals = torch.from_numpy(states[:, 4:])
+    states, _, terminated, _, infos = points.step(np.zeros((200, 2), dtype=np.float32))
+    places = torch.from_numpy(infos["final_obs"][:, :2])
+    assert script.outside(places[None], goals, points.tolerance)[0].tolist() == (~terminated).tolist()
+    assert 20 < terminated.sum() < 180
 
 
 def test_traces_are_relabelled_with_the_goal_at_their_end():
