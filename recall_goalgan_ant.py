@@ -646,8 +646,8 @@ def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: Traj
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
     Of twice as many goals these are the half nearer to goals that have been reached; others may lie in walls. D turns a
-    goal into a state that has just reached it, as far off as the trajectory with the nearest goal ended from its own: an
-    ant in a pose of `poses`, or a point with the last velocity of that trajectory.
+    goal into a state that has just reached it, as far off as the trajectory with the nearest goal ended from that one:
+    an ant in a pose of `poses`, or a point with the last velocity of that trajectory.
     """
     goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
     reached = np.stack([tuples.goals[-1] for tuples in buffer.trajectories])
