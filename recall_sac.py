@@ -142,7 +142,7 @@ class Args:
     imitation_limit: float = 5.0
     """steps of a trace to which the policy gives less than exp(-limit) of the uniform density are not imitated"""
     trace_filter: Literal["none", "advantage"] = "none"
-    """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action; none: all"""
+    """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action"""
 
 
 # ------------------------------------------------------------------------------------------------------ networks

@@ -73,7 +73,7 @@ class Args:
     plot_only: bool = False
     """start no run, draw what the finished ones give"""
     extend: bool = False
-    """keep what data.csv of each figure has, whichever version made it, and run only what it lacks"""
+    """keep the numbers of data.csv, whichever version made them, and run what it lacks; pictures need run folders"""
     scale: Literal["smoke", "laptop", "paper"] = "laptop"
     """length of the runs; smoke: tiny, to see that all works; laptop: hours on 2 cores; paper: the paper's budget"""
     seeds: int | None = None
@@ -405,6 +405,8 @@ def figure_runs(name: str, args: Args) -> dict[str, list[Run]]:
 
 def read_run(run: Run) -> EventAccumulator | None:
     """All that a run has logged; None if it has not come to its end, where it logs its last evaluation and pictures."""
+    if not run.folder.exists():
+        return None
     events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0, "images": 0}).Reload()
     total = int(run.command[run.command.index("--total-timesteps") + 1])
     tags = events.Tags()
@@ -429,7 +431,7 @@ def has_other_arguments(run: Run) -> str:
 
 def what_is_left(run: Run) -> list[str]:
     """The command that starts or resumes a run; empty if the run is finished."""
-    if run.folder.exists() and read_run(run) is not None:
+    if read_run(run) is not None:
         return []
     return [run.command[0], "--resume", str(run.folder)] if (run.folder / "args.json").exists() else run.start()
 
@@ -572,39 +574,47 @@ class Pictures(NamedTuple):
     images: dict[str, dict[int, bytes]]  # by tag and step
 
 
-def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], dict[str, Pictures], list[Run]]:
-    """The curves of every setting of a figure, the pictures of a typical seed, and the runs that did not finish."""
-    old, pictures, missing = kept(name, args), {}, []
-    curves = {**old}
+def read_figure(name: str, args: Args) -> tuple[dict[str, Curves], dict[str, Pictures], list[Run], list[Run]]:
+    """The curves of every setting of a figure, pictures of a typical seed, and which runs are new and which missing."""
+    curves, pictures, finished, missing = kept(name, args), {}, [], []
     for command, runs in figure_runs(name, args).items():
-        scalars = {}  # of each seed: tag to steps to values
-        if command in old:
-            seeds, steps, values = old[command]
-            for i, seed in enumerate(seeds):
-                scalars[seed] = {tag: dict(zip(steps.tolist(), v[i], strict=True)) for tag, v in values.items()}
-        read = {seed: read_run(run) if run.folder.exists() else None for seed, run in enumerate(runs, start=1)}
-        missing += [runs[seed - 1] for seed, events in read.items() if events is None and seed not in scalars]
-        read = {seed: events for seed, events in read.items() if events is not None}
-        for seed, events in read.items():
-            if seed not in scalars:
-                tags = events.Tags()["scalars"]
-                scalars[seed] = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
-        if not scalars:
-            continue
-        seeds = sorted(scalars)
-        tags = sorted({tag for tags in scalars.values() for tag in tags if tag.startswith("eval/")})
-        steps = sorted({step for tags in scalars.values() for step in tags["eval/return"]})
-        values = {
-            tag: np.array([[scalars[seed].get(tag, {}).get(step, np.nan) for step in steps] for seed in seeds])
-            for tag in tags
-        }
-        curves[command] = Curves(seeds, np.array(steps), values)
+        old = curves.get(command)
+        read = {seed: read_run(run) for seed, run in enumerate(runs, start=1)}
+        read = {n: events for n, events in read.items() if events is not None and not has_other_arguments(runs[n - 1])}
+        new = [seed for seed in range(1, len(runs) + 1) if old is None or seed not in old.seeds]
+        missing += [runs[seed - 1] for seed in new if seed not in read]
+        new = [seed for seed in new if seed in read]
+        finished += [runs[seed - 1] for seed in new]
+        if new:
+            found = curves_of({seed: read[seed] for seed in new})
+            curves[command] = found if old is None else joined(old, found)
         if read:
             seed = typical_seed(curves[command], [*read])
             images, tags = read[seed].Images, read[seed].Tags()["images"]
             shown = {tag: {event.step: event.encoded_image_string for event in images(tag)} for tag in tags}
             pictures[command] = Pictures(seed, shown)
-    return curves, pictures, missing
+    return curves, pictures, finished, missing
+
+
+def curves_of(read: dict[int, EventAccumulator]) -> Curves:
+    """What these seeds have logged."""
+    scalars = [
+        {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+        for events in read.values()
+    ]
+    tags = sorted({tag for tags in scalars for tag in tags if tag.startswith("eval/")})
+    steps = sorted({step for tags in scalars for step in tags["eval/return"]})
+    values = {tag: np.array([[s.get(tag, {}).get(step, np.nan) for step in steps] for s in scalars]) for tag in tags}
+    return Curves([*read], np.array(steps), values)
+
+
+def joined(one: Curves, other: Curves) -> Curves:
+    """All seeds of both, which were evaluated at the same steps."""
+    if not np.array_equal(one.steps, other.steps):
+        fail("--extend: the new runs have other evaluation steps than data.csv, take another --results-dir")
+    order = np.argsort([*one.seeds, *other.seeds])
+    values = {tag: np.concatenate((one.values[tag], new))[order] for tag, new in other.values.items()}
+    return Curves(sorted([*one.seeds, *other.seeds]), one.steps, values)
 
 
 def write_data(path: Path, curves: dict[str, Curves]) -> None:
@@ -638,15 +648,15 @@ def read_data(path: Path) -> dict[str, Curves]:
 
 
 def kept(name: str, args: Args) -> dict[str, Curves]:
-    """With --extend, what the figure has been made of so far; run folders are not needed for that."""
+    """With --extend, the numbers that the figure has been made of so far."""
     folder = args.results_dir / name
     if not args.extend or not (folder / "data.csv").exists():
         return {}
-    curves, made = read_data(folder / "data.csv"), (folder / "commands.txt").read_text()
+    curves, commands = read_data(folder / "data.csv"), (folder / "commands.txt").read_text().splitlines()
+    made = {line.split(" --run-dir ")[0] for line in commands}
     for command, setting in curves.items():
-        for seed in setting.seeds:
-            if f"{shlex.join(('python', *make_run(command, seed, args).command))} " not in made:
-                fail(f"--extend: {folder} was made at another scale than {args.scale}, take another --results-dir")
+        if any(shlex.join(("python", *make_run(command, seed, args).command)) not in made for seed in setting.seeds):
+            fail(f"--extend: {folder} was made with other flags than --scale {args.scale}, take another --results-dir")
     return curves
 
 
@@ -1049,24 +1059,28 @@ def check(args: Args) -> None:
 
 def make_figure(name: str, args: Args) -> bool:
     """Draws a figure and writes its data, from the runs that are finished; whether all of them are."""
-    curves, pictures, missing = read_figure(name, args)
+    curves, pictures, finished, missing = read_figure(name, args)
     if missing:
-        print(f"{name}: {len(missing)} runs are not finished, the first is {missing[0].folder}", file=sys.stderr)
-    if not curves:
-        return False
-    folder, runs = args.results_dir / name, [run for run in runs_of([name], args) if run not in missing]
-    origins = Counter(Path(f"{run.folder}.json").read_text() for run in runs if Path(f"{run.folder}.json").exists())
+        what = f"{len(missing)} runs are not finished or of another version"
+        print(f"{name}: {what}, the first is {missing[0].folder}", file=sys.stderr)
+    if not finished:
+        return not missing
+    drawn = {command for panel in FIGURES[name].panels if panel.kind == "pictures" for command in panel.runs.values()}
+    if without := sorted(drawn & curves.keys() - pictures.keys()):
+        print(f"{name}: no pictures of {', '.join(without)}, as the run folders are gone", file=sys.stderr)
+    folder = args.results_dir / name
+    origins = Counter(Path(f"{run.folder}.json").read_text() for run in finished if Path(f"{run.folder}.json").exists())
     made = [json.loads(text) | {"runs": number} for text, number in sorted(origins.items())]
-    commands = "".join(f"{shlex.join(('python', *run.start()))}\n" for run in runs)
+    commands = [shlex.join(("python", *run.start())) for run in finished]
     if kept(name, args):
         made = json.loads((folder / "origin.json").read_text()) + made
-        commands = (folder / "commands.txt").read_text() + commands
+        commands = (folder / "commands.txt").read_text().splitlines() + commands
     with tempfile.TemporaryDirectory(dir=args.results_dir) as temporary:  # so that a kill leaves whole files
         new = Path(temporary)
         write_data(new / "data.csv", curves)
         curves = read_data(new / "data.csv")
         write_summary(new / "summary.csv", curves)
-        (new / "commands.txt").write_text(commands)
+        (new / "commands.txt").write_text("".join(f"{line}\n" for line in commands))
         (new / "origin.json").write_text(json.dumps(made, indent=4) + "\n")
         draw_figure(FIGURES[name], curves, pictures).savefig(new / f"{name}.png", dpi=110)
         folder.mkdir(exist_ok=True)
@@ -1094,7 +1108,7 @@ def main(args: Args) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        failures = [] if args.plot_only else execute_all(runs, args.workers)
+        failures = execute_all(runs, args.workers) if runs and not args.plot_only else []
         complete = [make_figure(name, args) for name in names]
         write_verdicts(args.results_dir)
     except KeyboardInterrupt:

@@ -414,7 +414,16 @@ def test_extend_keeps_what_there_is_and_runs_only_what_it_lacks(tmp_path, uninte
         folder = tmp_path / "results" / "smoke" / "fig2"
         assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [2, 2]
         assert [line.count("--seed 2") for line in (folder / "commands.txt").read_text().splitlines()] == [0, 0, 1, 1]
-    assert len([*tmp_path.glob("runs/reproduce/*/*/args.json")]) == 2
+    folders = [path.parent for path in tmp_path.glob("runs/reproduce/*/*/args.json")]
+    assert len(folders) == 2
+    shutil.rmtree(tmp_path / "results")  # two runs again, one of them of another version: it is drawn in no way
+    shutil.copytree(uninterrupted / "results", tmp_path / "results")
+    arguments = json.loads((folders[0] / "args.json").read_text())
+    (folders[0] / "args.json").write_text(json.dumps(arguments | {"num_traces": 7}))
+    for _ in range(2):
+        status, _, errors = run(tmp_path, "--extend", "--seeds", "2", "--plot-only", steps=steps)
+        assert status == 1 and "1 runs are not finished or of another version" in errors
+        assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [2, 1]
     before = contents(tmp_path)
     status, _, errors = run(tmp_path, "--extend", "--seeds", "3", steps=SMALL)
     assert status == 2 and errors.startswith("error: --extend: ") and errors.count("\n") == 1
