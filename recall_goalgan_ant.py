@@ -903,6 +903,14 @@ def check(args: Args) -> None:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not available here, --device cpu is")
+    if args.capture_video:
+        try:
+            envs = make_envs(args, 1)
+            envs.reset()
+            envs.image()
+            envs.close()
+        except Exception as error:  # every renderer has its own
+            fail(f"--capture-video cannot draw {args.env_id} here (MUJOCO_GL=osmesa may help): {error}")
 
 
 def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:

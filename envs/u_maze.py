@@ -20,6 +20,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from mujoco.rollout import Rollout
@@ -218,7 +219,11 @@ def ant_maze() -> mujoco.MjModel:
             rgba=[0.55, 0.55, 0.6, 1.0],
         )
     spec.worldbody.add_site(
-        name="goal", type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=[0.3, 0.02, 0.0], rgba=[0.85, 0.1, 0.1, 1.0]
+        name="goal",
+        type=mujoco.mjtGeom.mjGEOM_CYLINDER,
+        pos=[0.0, 0.0, 0.01],  # not the world's origin: MuJoCo would take a site there for one that never moves
+        size=[0.3, 0.02, 0.0],
+        rgba=[0.85, 0.1, 0.1, 1.0],
     )
     spec.worldbody.add_camera(name="above", pos=[2.0, 2.0, 13.0], fovy=48)
     return spec.compile()
@@ -342,13 +347,12 @@ class AntUMazeVectorEnv(GoalVectorEnv):
     def image(self, width: int = 240, height: int = 240) -> np.ndarray:
         """The first maze from above, (height, width, 3) uint8."""
         if not hasattr(self, "renderer"):
-            self.renderer = mujoco.Renderer(self.model, height, width)
+            self.renderer = MujocoRenderer(self.model, self.data[0], width=width, height=height, camera_name="above")
         data = self.data[0]
         mujoco.mj_setState(self.model, data, self.states[0], mujoco.mjtState.mjSTATE_FULLPHYSICS)
         self.model.site("goal").pos[:2] = self.goals[0]
         mujoco.mj_forward(self.model, data)
-        self.renderer.update_scene(data, camera="above")
-        return self.renderer.render()
+        return self.renderer.render("rgb_array")
 
     def close_extras(self, **_: Any) -> None:
         self.pool.close()

@@ -1,5 +1,8 @@
 """The U-mazes against MuJoCo's own functions, single environments, and closed form."""
 
+import os
+import sys
+
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -262,3 +265,20 @@ def test_coverage_is_drawn_red_where_the_agent_succeeds():
     colours.update_scalarmappable()
     low, high = colours.get_facecolor()[[0, -1]]
     assert low[2] > low[0] and high[0] > high[2]
+
+
+def test_pictures_show_the_ant_and_its_goal_where_they_are(monkeypatch):
+    """The camera is 13 m above (2, 2); 24 degrees to each side of it are half of the 240 pixels."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        monkeypatch.setenv("MUJOCO_GL", "egl")
+    ants = gym.make_vec("AntUMaze-v0", 1, vectorization_mode="vector_entry_point")
+    for goal in ((4.0, 4.0), (0.0, 4.0), (4.0, 1.0)):
+        ants.reset(seed=0, options={"goals": np.array([goal])})
+        red, green, blue = ants.image().astype(int).transpose(2, 0, 1)
+        mark = (red > 150) & (green < 120)
+        for place, shown in ((goal, mark), ((0, 0), (red - blue > 60) & ~mark)):  # the ant is brown
+            rows, columns = np.nonzero(shown)
+            metres = 13 * np.tan(np.radians(24)) / 120
+            found = 2 + (columns.mean() - 119.5) * metres, 2 - (rows.mean() - 119.5) * metres
+            assert found == pytest.approx(place, abs=0.3)
+    ants.close()
