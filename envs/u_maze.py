@@ -216,7 +216,7 @@ def ant_maze() -> mujoco.MjModel:
             pos=[x, y, 0.5],
             size=[BLOCK / 2, BLOCK / 2, 0.5],
             conaffinity=1,
-            rgba=[0.55, 0.55, 0.6, 1.0],
+            rgba=[0.25, 0.25, 0.3, 1.0],
         )
     spec.worldbody.add_site(
         name="goal",
