@@ -22,7 +22,7 @@ there; the policy imitates these recall traces. This file is all there is.
     python recall_sac.py --recall none                        # plain soft actor-critic
     python recall_sac.py --evaluate RUN_DIR                   # play the trained agent
 
-A run of 100 000 steps takes about 40 minutes on one core of a laptop. What recall traces gain here is still open: see
+A run of 100 000 steps takes ten to forty minutes on one core. Recall traces have not been shown to gain anything: see
 docs/recall_sac.md.
 """
 
