@@ -1069,12 +1069,15 @@ def make_figure(name: str, args: Args) -> bool:
     if without := sorted(drawn & curves.keys() - pictures.keys()):
         print(f"{name}: no pictures of {', '.join(without)}, as the run folders are gone", file=sys.stderr)
     folder = args.results_dir / name
-    origins = Counter(Path(f"{run.folder}.json").read_text() for run in finished if Path(f"{run.folder}.json").exists())
-    made = [json.loads(text) | {"runs": number} for text, number in sorted(origins.items())]
-    commands = [shlex.join(("python", *run.start())) for run in finished]
+    commands, origins = [shlex.join(("python", *run.start())) for run in finished], Counter()
     if kept(name, args):
-        made = json.loads((folder / "origin.json").read_text()) + made
         commands = (folder / "commands.txt").read_text().splitlines() + commands
+        for made in json.loads((folder / "origin.json").read_text()):
+            origins[json.dumps({key: value for key, value in made.items() if key != "runs"})] += made["runs"]
+    for file in (Path(f"{run.folder}.json") for run in finished):
+        if file.exists():
+            origins[json.dumps(json.loads(file.read_text()))] += 1
+    made = [json.loads(text) | {"runs": number} for text, number in origins.items()]
     with tempfile.TemporaryDirectory(dir=args.results_dir) as temporary:  # so that a kill leaves whole files
         new = Path(temporary)
         write_data(new / "data.csv", curves)

@@ -156,6 +156,7 @@ SCRIPTS = {
             "goal_noise": 0.1,
             "gan_updates": 20,
             "trace_limit": 1e6,
+            "state_noise": 1000.0,  # so that traces leave the goals' surroundings, though these points hardly move
             "recall_updates": 1,
             "num_traces": 8,
             "trace_length": 5,

@@ -412,7 +412,7 @@ def test_extend_keeps_what_there_is_and_runs_only_what_it_lacks(tmp_path, uninte
         assert [row for row in rows if ",2," not in row] == data(uninterrupted).decode().splitlines()
         assert len(rows) == 2 * len(data(uninterrupted).decode().splitlines()) - 1
         folder = tmp_path / "results" / "smoke" / "fig2"
-        assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [2, 2]
+        assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [4]
         assert [line.count("--seed 2") for line in (folder / "commands.txt").read_text().splitlines()] == [0, 0, 1, 1]
     folders = [path.parent for path in tmp_path.glob("runs/reproduce/*/*/args.json")]
     assert len(folders) == 2
@@ -423,7 +423,7 @@ def test_extend_keeps_what_there_is_and_runs_only_what_it_lacks(tmp_path, uninte
     for _ in range(2):
         status, _, errors = run(tmp_path, "--extend", "--seeds", "2", "--plot-only", steps=steps)
         assert status == 1 and "1 runs are not finished or of another version" in errors
-        assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [2, 1]
+        assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [3]
     before = contents(tmp_path)
     status, _, errors = run(tmp_path, "--extend", "--seeds", "3", steps=SMALL)
     assert status == 2 and errors.startswith("error: --extend: ") and errors.count("\n") == 1
