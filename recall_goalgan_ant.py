@@ -23,6 +23,8 @@ This file and the mazes, envs/u_maze.py and envs/point_mass.py, are all there is
     python recall_goalgan_ant.py --capture-video              # the ant, at the scale of the paper
     python recall_goalgan_ant.py --recall none                # Goal GAN alone
     python recall_goalgan_ant.py --evaluate RUN_DIR           # measure coverage, play the trained agent
+
+Recall traces have not been shown to gain anything here, and slow the ant down: see docs/recall_goalgan_ant.md.
 """
 
 import json
