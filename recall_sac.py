@@ -886,7 +886,7 @@ def main(args: Args) -> None:
             step, losses = checkpoint["step"], deepcopy(checkpoint["losses"])
             finished, evaluations = checkpoint["finished"], checkpoint["evaluations"]
             traces = [tuple(part.to(args.device) for part in deepcopy(pairs)) for pairs in checkpoint["traces"]]
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}".splitlines()[0])
     cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
     del checkpoint

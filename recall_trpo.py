@@ -1070,7 +1070,7 @@ def main(args: Args) -> None:
                 rng.bit_generator.state = checkpoint["rngs"][name]
             step, losses = checkpoint["step"], deepcopy(checkpoint["losses"])
             finished, evaluations = checkpoint["finished"], checkpoint["evaluations"]
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}".splitlines()[0])
     cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
     del checkpoint
