@@ -677,17 +677,18 @@ def forward_traces(
 ):
     """Imagines what the policy would do from the states `starts` (N, S) on (App. G).
 
-    Returns states (length, N, S), actions (length, N, A) and advantages (length, N), in units of their standard
-    deviation: imagined rewards up to where the trace leaves the data and the value there, less V(s); 0 after that.
+    Returns states (length, N, S), actions (length, N, A), as the policy drew them, and advantages (length, N), in units
+    of their standard deviation: imagined rewards up to where the trace leaves the data and the value there, less V(s);
+    0 after that.
     """
     states, actions, rewards, inside, state = [], [], [], [], starts
     reach = args.trace_limit * model.state_std
     for _ in range(length):
         states.append(state)
         mean, log_std = actor(state)
-        actions.append((mean + log_std.exp() * normal(rng, mean.shape, mean.device)).clamp(-1, 1))
+        actions.append(mean + log_std.exp() * normal(rng, mean.shape, mean.device))
         noise = args.state_noise * normal(rng, (len(state), state.shape[1] + 1), state.device)
-        state, reward = model.sample(state, actions[-1], noise)
+        state, reward = model.sample(state, actions[-1].clamp(-1, 1), noise)
         rewards.append(reward)
         inside.append(((state - model.state_mean).abs() <= reach).all(-1))
         state = state.clamp(model.state_mean - reach, model.state_mean + reach)
@@ -697,7 +698,7 @@ def forward_traces(
         goes_on = in_trace[t + 1] if t + 1 < length else torch.zeros_like(in_trace[t])
         later = rewards[t] + args.gamma * torch.where(goes_on, later, values[t + 1])
         advantages[t] = later - values[t]
-    scale = advantages[in_trace].std() + 1e-8 if in_trace.any() else 1.0
+    scale = advantages[in_trace].std() + 1e-8 if in_trace.sum() > 1 else 1.0
     return torch.stack(states), torch.stack(actions), in_trace * advantages / scale
 
 

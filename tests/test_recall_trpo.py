@@ -496,9 +496,11 @@ def test_imagined_experience_follows_a_system_with_known_linear_dynamics(linear)
     rng = np.random.default_rng(0)
     states, actions, advantages = script.forward_traces(model, actor, critic, starts, 4, args, rng)
     assert torch.equal(states[0], starts)
-    assert actions.abs().max() <= 1
+    mean, log_std = actor(states)
+    noise = (actions - mean) / log_std.exp()  # as drawn: clipped actions would drive the policy's deviation
+    assert float(noise.mean()) == pytest.approx(0, abs=0.1) and float(noise.std()) == pytest.approx(1, rel=0.1)
     spread = tuples.states.std(0)
-    next_states = states @ rotation.T + actions @ pushes.T
+    next_states = states @ rotation.T + actions.clamp(-1, 1) @ pushes.T
     inside = advantages[1:] != 0
     assert inside.float().mean() > 0.9
     assert ((states[1:] - next_states[:-1]) / spread)[inside].abs().mean() < 0.05
