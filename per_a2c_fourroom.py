@@ -621,7 +621,7 @@ def main(args: Args) -> None:
     def save_checkpoint() -> None:
         modules = [part for part in parts.values() if isinstance(part, nn.Module)]
         if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-            stop_with_bad_loss(max(losses, key=lambda name: abs(losses[name])))
+            stop(f"a weight is not finite, the largest loss is {max(losses, key=lambda name: abs(losses[name]))},")
         writer.flush()
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}, "envs": envs.get_state()}
@@ -629,8 +629,8 @@ def main(args: Args) -> None:
         state |= {"step": step, "finished": finished, "losses": losses, "event_sizes": event_sizes}
         replace_file(args.run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
 
-    def stop_with_bad_loss(name: str) -> None:
-        sys.exit(f"error: {name} is {losses[name]} at step {step}; {args.run_dir} keeps the last good checkpoint")
+    def stop(reason: str) -> None:
+        sys.exit(f"error: {reason} at step {step}; {args.run_dir} keeps the last good checkpoint")
 
     def log() -> None:
         returns, _, successes, _ = play(eval_envs, policy, args.seed)
@@ -638,7 +638,8 @@ def main(args: Args) -> None:
         if finished:
             scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
             finished.clear()
-        scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+        if step > first_step:
+            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
         progress.set_postfix_str(f"return {returns.mean():.2f}, success {successes.mean():.0%}")
@@ -681,7 +682,7 @@ def main(args: Args) -> None:
 
             for name in losses:
                 if not np.isfinite(losses[name]):
-                    stop_with_bad_loss(name)
+                    stop(f"{name} is {losses[name]}")
             progress.update(batch)
 
         save_checkpoint()

@@ -108,7 +108,7 @@ class Args:
     gae_lambda: float = 0.98
     """decay of generalized advantage estimation"""
     max_kl: float = 0.01
-    """trust region: largest mean KL divergence between the policies before and after an iteration"""
+    """trust region: largest mean KL divergence between the policies before and after a natural gradient step"""
     cg_iterations: int = 10
     """iterations of conjugate gradients per natural gradient"""
     cg_damping: float = 0.1
@@ -121,8 +121,6 @@ class Args:
     """passes of the critic over each batch"""
     critic_batch_size: int = 1000
     """states per update of the critic"""
-    normalise_states: bool = True
-    """whether actor and critic see states with mean 0 and variance 1; the statistics are saved with the weights"""
 
     # goals
     goals: Literal["gan", "uniform"] = "gan"
@@ -467,7 +465,7 @@ def successes(envs: GoalVectorEnv, actor: Actor, goals: np.ndarray, episodes: in
 
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
     """GAE (Schulman et al., 2016), (num_steps, num_envs). A time limit cuts the sum, but not the value that follows."""
-    errors = rollout.rewards + gamma * next_values * ~rollout.terminated - values
+    errors = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values
     decay = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
     advantages, later = np.zeros_like(errors), 0.0
     for t in reversed(range(len(errors))):
@@ -551,7 +549,7 @@ def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[
 def update_critic(critic: Critic, optimizer, states, returns, args: Args, rng) -> dict[str, torch.Tensor]:
     """Regression of V(s) on the returns (n,) of states (n, S), in units of their running variance."""
     critic.rescale(returns)
-    states, targets = critic.normaliser(states), critic.scale(returns.unsqueeze(-1))
+    states, targets = critic.normaliser(states), (returns.unsqueeze(-1) - critic.scale.mean) / critic.scale.std
     for _ in range(args.critic_epochs):
         for rows in as_tensor(rng.permutation(len(states)), args.device).split(args.critic_batch_size):
             loss = F.mse_loss(critic.net(states[rows]), targets[rows])
@@ -886,7 +884,7 @@ def check(args: Args) -> None:
     if args.env_id not in MAX_STEPS:
         fail(f"--env-id must be one of {', '.join(MAX_STEPS)}, got {args.env_id}")
     for name, value in vars(args).items():
-        least = 0 if isinstance(value, float | bool) or name == "seed" else 1
+        least = 0 if isinstance(value, float | bool) or name in ("seed", "num_replayed_goals") else 1
         most = AT_MOST.get(name, sys.float_info.max)
         if isinstance(value, int | float) and not least <= value <= most:
             allowed = f"from {least} to {most}" if name in AT_MOST else f"of at least {least}"
@@ -897,10 +895,11 @@ def check(args: Args) -> None:
         fail(f"--dims must be from 2 to 6, got {args.dims}")
     if args.contact_forces and args.env_id != "AntUMaze-v0":
         fail(f"--contact-forces is for AntUMaze-v0, {args.env_id} has none")
-    if args.num_traces * args.recall_updates * (args.trace_length or 1) > 10**7:
+    whole = with_defaults(args)
+    if args.num_traces * args.recall_updates * whole.trace_length > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}")
-    if (args.num_envs or 1) * (args.num_steps or 1) > 10**7:
-        fail(f"--num-envs times --num-steps must be at most {10**7}, got {args.num_envs} times {args.num_steps}")
+    if whole.num_envs * whole.num_steps > 10**7:
+        fail(f"--num-envs times --num-steps must be at most {10**7}, got {whole.num_envs} times {whole.num_steps}")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):
@@ -985,11 +984,13 @@ def catch_signals():
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: measures the coverage of a trained agent, and may write a GIF."""
-    torch.set_num_threads(args.torch_threads)
     saved, checkpoint = read_run(args.evaluate, "evaluate")
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    saved = replace(saved, seed=args.seed, device=args.device)
+    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
+    saved = replace(saved, **{name: getattr(args, name) for name in own})
+    check(saved)
+    torch.set_num_threads(args.torch_threads)
     envs = make_envs(saved, saved.num_envs, evaluation=True)
     goals = evaluation_goals(envs, saved)
     state_dim, action_dim = *envs.single_observation_space.shape, *envs.single_action_space.shape
@@ -1013,7 +1014,6 @@ def main(args: Args) -> None:
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
     if args.evaluate is not None:
-        check(args)
         return evaluate_run(args)
     checkpoint = None
     if args.resume is not None:
@@ -1078,7 +1078,8 @@ def main(args: Args) -> None:
         check_losses()
         modules = [part for part in parts.values() if isinstance(part, nn.Module)]
         if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-            stop_with_bad_loss(max(losses, key=lambda name: abs(float(losses[name]))))
+            largest = max(losses, key=lambda name: abs(float(losses[name])))
+            stop(f"a weight is not finite, the largest loss is {largest},")
         writer.flush()
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}}
@@ -1090,10 +1091,10 @@ def main(args: Args) -> None:
     def check_losses() -> None:
         for name, loss in losses.items():
             if not np.isfinite(float(loss)):
-                stop_with_bad_loss(name)
+                stop(f"{name} is {losses[name]}")
 
-    def stop_with_bad_loss(name: str) -> None:
-        sys.exit(f"error: {name} is {losses[name]} at step {step}; {args.run_dir} keeps the last good checkpoint")
+    def stop(reason: str) -> None:
+        sys.exit(f"error: {reason} at step {step}; {args.run_dir} keeps the last good checkpoint")
 
     def log() -> None:
         check_losses()
@@ -1108,7 +1109,8 @@ def main(args: Args) -> None:
             scalars["recall/trace_survival"] = compared.in_trace.float().mean()
             errors = trace_errors(model, compared)
             scalars |= {"recall/trace_error": errors.nanmean(), "recall/trace_error_of_first_step": errors[0]}
-        scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+        if step > first_step:
+            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
         for name, value in scalars.items():
             if np.isfinite(float(value)):  # no trace may have stayed inside the data
                 writer.add_scalar(name, float(value), step)
@@ -1163,8 +1165,7 @@ def main(args: Args) -> None:
             # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
             losses |= update_trpo(actor, critic, optimizer, rollout, args, rngs["update"])
             seen = as_tensor(rollout.states, args.device).flatten(0, 1)
-            if args.normalise_states:
-                normaliser.add(seen)  # only now, so that rollout and update saw the same policy
+            normaliser.add(seen)  # only now, so that rollout and update saw the same policy
             step += batch
             progress.update(batch)
             if args.recall != "none":

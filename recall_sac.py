@@ -805,11 +805,13 @@ def catch_signals():
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: plays greedy episodes with a trained agent, prints their returns and may write a GIF."""
-    torch.set_num_threads(args.torch_threads)
     saved, checkpoint = read_run(args.evaluate, "evaluate")
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    saved = replace(saved, seed=args.seed, device=args.device)
+    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
+    saved = replace(saved, **{name: getattr(args, name) for name in own})
+    check(saved)
+    torch.set_num_threads(args.torch_threads)
     envs = [make_env(saved) for _ in range(args.eval_episodes)]
     actor = Actor(*envs[0].observation_space.shape, *envs[0].action_space.shape, saved.hidden).to(args.device)
     actor.load_state_dict(checkpoint["actor"])
@@ -831,7 +833,6 @@ def main(args: Args) -> None:
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
     if args.evaluate is not None:
-        check(args)
         return evaluate_run(args)
     checkpoint = None
     if args.resume is not None:
@@ -897,7 +898,8 @@ def main(args: Args) -> None:
         check_losses()
         modules = [part for part in parts.values() if isinstance(part, nn.Module)]
         if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-            stop_with_bad_loss(max(losses, key=lambda name: abs(float(losses[name]))))
+            largest = max(losses, key=lambda name: abs(float(losses[name])))
+            stop(f"a weight is not finite, the largest loss is {largest},")
         writer.flush()
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}}
@@ -909,10 +911,10 @@ def main(args: Args) -> None:
     def check_losses() -> None:
         for name, loss in losses.items():
             if not np.isfinite(float(loss)):
-                stop_with_bad_loss(name)
+                stop(f"{name} is {losses[name]}")
 
-    def stop_with_bad_loss(name: str) -> None:
-        sys.exit(f"error: {name} is {losses[name]} at step {step}; {args.run_dir} keeps the last good checkpoint")
+    def stop(reason: str) -> None:
+        sys.exit(f"error: {reason} at step {step}; {args.run_dir} keeps the last good checkpoint")
 
     def log() -> None:
         check_losses()
@@ -930,7 +932,8 @@ def main(args: Args) -> None:
             scalars |= {"recall/trace_survival": survived, "recall/trace_advantage": gained.mean()}
             errors = trace_errors(model, compared)
             scalars |= {"recall/trace_error": errors.nanmean(), "recall/trace_error_of_first_step": errors[0]}
-        scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+        if step > first_step:
+            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
         for name, value in scalars.items():
             if np.isfinite(float(value)):  # no trace may have stayed inside the data
                 writer.add_scalar(name, float(value), step)

@@ -97,7 +97,7 @@ class Args:
     gae_lambda: float = 0.95
     """decay of generalized advantage estimation"""
     max_kl: float = 0.01
-    """trust region: largest mean KL divergence between the policies before and after an iteration"""
+    """trust region: largest mean KL divergence between the policies before and after a natural gradient step"""
     cg_iterations: int = 10
     """iterations of conjugate gradients per natural gradient"""
     cg_damping: float = 0.1
@@ -110,8 +110,6 @@ class Args:
     """passes of the critic over each batch"""
     critic_batch_size: int = 256
     """states per update of the critic"""
-    normalise_states: bool = True
-    """whether actor and critic see states with mean 0 and variance 1; the statistics are saved with the weights"""
 
     # recall traces
     recall: Literal["none", "random", "learned", "forward"] = "learned"
@@ -500,7 +498,7 @@ def collect_rollout(episodes: Episodes, actor: Actor, num_steps: int, rng: np.ra
 
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
     """GAE (Schulman et al., 2016), (num_steps, num_envs). A time limit cuts the sum, but not the value that follows."""
-    errors = rollout.rewards + gamma * next_values * ~rollout.terminated - values
+    errors = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values
     decay = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
     advantages, later = np.zeros_like(errors), 0.0
     for t in reversed(range(len(errors))):
@@ -584,7 +582,7 @@ def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[
 def update_critic(critic: Critic, optimizer, states, returns, args: Args, rng) -> dict[str, torch.Tensor]:
     """Regression of V(s) on the returns (n,) of states (n, S), in units of their running variance."""
     critic.rescale(returns)
-    states, targets = critic.normaliser(states), critic.scale(returns.unsqueeze(-1))
+    states, targets = critic.normaliser(states), (returns.unsqueeze(-1) - critic.scale.mean) / critic.scale.std
     for _ in range(args.critic_epochs):
         for rows in as_tensor(rng.permutation(len(states)), args.device).split(args.critic_batch_size):
             loss = F.mse_loss(critic.net(states[rows]), targets[rows])
@@ -993,11 +991,13 @@ def catch_signals():
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: plays greedy episodes with a trained agent, prints their returns and may write a GIF."""
-    torch.set_num_threads(args.torch_threads)
     saved, checkpoint = read_run(args.evaluate, "evaluate")
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    saved = replace(saved, seed=args.seed, device=args.device)
+    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
+    saved = replace(saved, **{name: getattr(args, name) for name in own})
+    check(saved)
+    torch.set_num_threads(args.torch_threads)
     envs = [make_env(saved) for _ in range(args.eval_episodes)]
     state_dim, action_dim = *envs[0].observation_space.shape, *envs[0].action_space.shape
     actor = Actor(Normaliser(state_dim), state_dim, action_dim, saved.hidden).to(args.device)
@@ -1020,7 +1020,6 @@ def main(args: Args) -> None:
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
     if args.evaluate is not None:
-        check(args)
         return evaluate_run(args)
     checkpoint = None
     if args.resume is not None:
@@ -1082,7 +1081,8 @@ def main(args: Args) -> None:
         check_losses()
         modules = [part for part in parts.values() if isinstance(part, nn.Module)]
         if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-            stop_with_bad_loss(max(losses, key=lambda name: abs(float(losses[name]))))
+            largest = max(losses, key=lambda name: abs(float(losses[name])))
+            stop(f"a weight is not finite, the largest loss is {largest},")
         writer.flush()
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}}
@@ -1094,10 +1094,10 @@ def main(args: Args) -> None:
     def check_losses() -> None:
         for name, loss in losses.items():
             if not np.isfinite(float(loss)):
-                stop_with_bad_loss(name)
+                stop(f"{name} is {losses[name]}")
 
-    def stop_with_bad_loss(name: str) -> None:
-        sys.exit(f"error: {name} is {losses[name]} at step {step}; {args.run_dir} keeps the last good checkpoint")
+    def stop(reason: str) -> None:
+        sys.exit(f"error: {reason} at step {step}; {args.run_dir} keeps the last good checkpoint")
 
     def log() -> None:
         check_losses()
@@ -1111,7 +1111,8 @@ def main(args: Args) -> None:
             scalars["recall/trace_survival"] = compared.in_trace.float().mean()
             errors = trace_errors(model, compared)
             scalars |= {"recall/trace_error": errors.nanmean(), "recall/trace_error_of_first_step": errors[0]}
-        scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
+        if step > first_step:
+            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
         for name, value in scalars.items():
             if np.isfinite(float(value)):  # no trace may have stayed inside the data
                 writer.add_scalar(name, float(value), step)
@@ -1123,18 +1124,24 @@ def main(args: Args) -> None:
         rng = np.random.default_rng([args.seed, 3, step])
         return compare_traces(model, buffer, args.trace_length, args, rng)
 
-    def write_pictures() -> None:
-        pictures = {"returns": draw_returns(evaluations, f"{args.env_id}, recall {args.recall}, seed {args.seed}")}
+    def show(name: str, figure: Figure) -> None:
+        figure.savefig(args.run_dir / f"{name}.png", dpi=120)
+        image = np.asarray(Image.open(args.run_dir / f"{name}.png").convert("RGB"))
+        writer.add_image(f"pictures/{name}", image, step, dataformats="HWC")
+
+    def write_traces() -> None:
         if compared := compare():
-            pictures["traces"] = draw_traces(model, compared)
-        for name, figure in pictures.items():
-            figure.savefig(args.run_dir / f"{name}.png", dpi=120)
-            image = np.asarray(Image.open(args.run_dir / f"{name}.png").convert("RGB"))
-            writer.add_image(f"pictures/{name}", image, step, dataformats="HWC")
+            show("traces", draw_traces(model, compared))
+
+    def write_pictures() -> None:
+        show("returns", draw_returns(evaluations, f"{args.env_id}, recall {args.recall}, seed {args.seed}"))
+        write_traces()
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, actor)
 
     batch, first_step, started = args.num_envs * args.num_steps, step, time.time()
+    if args.recall != "none" and args.recall_until * args.total_timesteps < args.recall_every * batch:
+        print(f"no recall phase, --recall-until {args.recall_until} ends before the first one", file=sys.stderr)
     whole_batches = -(-args.total_timesteps // batch) * batch
     progress = tqdm(total=whole_batches, initial=step, unit=" steps", disable=None)
     with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
@@ -1153,15 +1160,19 @@ def main(args: Args) -> None:
             # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
             losses |= update_trpo(actor, critic, optimizer, rollout, args, rngs["update"])
             states = as_tensor(rollout.states, args.device).flatten(0, 1)
-            if args.normalise_states:
-                normaliser.add(states)  # only now, so that rollout and update saw the same policy
+            normaliser.add(states)  # only now, so that rollout and update saw the same policy
             step += batch
             progress.update(batch)
             if args.recall == "none":
                 continue
 
             buffer.add(rollout)  # Alg. 1, line 5
-            if step // batch % args.recall_every or step > args.recall_until * args.total_timesteps:
+            if step > args.recall_until * args.total_timesteps:
+                if "recall/start_value" in losses:  # the last traces, and no more of their losses
+                    write_traces()
+                    losses = {name: loss for name, loss in losses.items() if not name.startswith("recall/")}
+                continue
+            if step // batch % args.recall_every:
                 continue
             tuples, rng = high_value_states(buffer, args), rngs["recall"]  # Alg. 1, line 8
             if len(tuples.values) < 2:

@@ -133,17 +133,6 @@ class GoalVectorEnv(VectorEnv):
         seen, self.states = self.observe()[0], before
         return seen
 
-    def get_state(self) -> dict[str, Any]:
-        """All that changes from step to step, for a checkpoint."""
-        names = ("states", "goals", "next_goals", "steps", "episodes", "seeds")
-        return {name: np.asarray(getattr(self, name)).tolist() for name in names}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from where `get_state` was called."""
-        for name in ("states", "goals", "next_goals", "steps", "episodes"):
-            setattr(self, name, np.array(state[name]))
-        self.seeds = state["seeds"]
-
     def first_states(self) -> np.ndarray:
         """The state in which every episode starts, (1, ...)."""
         raise NotImplementedError
@@ -186,6 +175,7 @@ class GoalEnv(gym.Env):
         if self.begun and seed is None and not options:  # the vector environment has begun the next episode by itself
             self.begun = False
             return self.envs.observations()[0], {}
+        self.begun = False
         observations, _ = self.envs.reset(seed=None if seed is None else [seed], options=options)
         return observations[0], {}
 

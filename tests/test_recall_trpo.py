@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Independent, Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
 from torch.nn.utils import parameters_to_vector
@@ -247,6 +248,7 @@ def test_advantages_against_the_definition_of_gae():
     rollout, gamma, lam = rollouts(1)[0][0], 0.9, 0.8
     values, next_values, rewards = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
     terminated, truncated = rng.random(shape) < 0.15, rng.random(shape) < 0.15
+    next_values[terminated] = np.nan  # such as V of a state that the simulator broke in
     rollout = rollout._replace(rewards=rewards, terminated=terminated, truncated=truncated)
     advantages = script.generalized_advantages(rollout, values, next_values, gamma, lam)
     for t in range(9):
@@ -282,6 +284,16 @@ def test_the_critic_learns_the_returns():
     for _ in range(20):
         script.update_critic(critic, optimizer, states, returns, Args(critic_batch_size=64), rng)
     assert float((critic(states) - returns).abs().mean()) < 10
+
+
+def test_the_critic_learns_returns_that_are_far_from_all_earlier_ones():
+    _, critic = networks(hidden=32)
+    optimizer, rng, states = torch.optim.Adam(critic.net.parameters(), lr=1e-2), np.random.default_rng(0), randn(500, 3)
+    for _ in range(150):
+        critic.rescale(randn(500))
+    for _ in range(5):
+        script.update_critic(critic, optimizer, states, torch.full((500,), 50.0), Args(critic_epochs=30), rng)
+    assert float((critic(states) - 50).abs().mean()) < 1
 
 
 def test_a_rollout_holds_what_happened():
@@ -628,3 +640,18 @@ def test_recall_phases_come_as_often_and_as_long_as_told(recall_every, until, ph
     script.main(Args(run_dir=tmp_path / "run", total_timesteps=1600, **small))
     torch.use_deterministic_algorithms(False)
     assert len(done) == phases
+
+
+def test_what_recall_logs_ends_with_it(tmp_path, capsys):
+    small = {"env_id": "Reacher-v5", "num_envs": 4, "num_steps": 50, "eval_episodes": 1, "eval_every": 200}
+    small |= {"backtracking_updates": 1, "trace_limit": 1e6, "total_timesteps": 1600}
+    script.main(Args(run_dir=tmp_path / "run", recall_until=0.5, **small))
+    assert "no recall phase" not in capsys.readouterr().err
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    for tag in ("recall/imitation_loss", "recall/imitation_kl", "recall/start_value", "recall/trace_survival"):
+        assert events.Scalars(tag)[-1].step == 800, tag
+    assert [event.step for event in events.Images("pictures/traces")] == [1000]
+    assert [event.step for event in events.Scalars("losses/kl")] == [*range(200, 1601, 200)]
+    script.main(Args(run_dir=tmp_path / "short", recall_until=0.1, **small))
+    assert "no recall phase, --recall-until 0.1 ends before" in capsys.readouterr().err
+    torch.use_deterministic_algorithms(False)
