@@ -55,7 +55,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.stats import DegenerateDataWarning, bootstrap, fisher_exact, trim_mean
+from scipy.stats import DegenerateDataWarning, bootstrap, fisher_exact, gmean, trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -77,7 +77,7 @@ class Args:
     scale: Literal["smoke", "laptop", "paper"] = "laptop"
     """length of the runs; smoke: tiny, to see that all works; laptop: hours on 2 cores; paper: the paper's budget"""
     seeds: int | None = None
-    """seeds of each setting, from 1 on; if not given, 1 for smoke, else 10, on MuJoCo 5"""
+    """seeds of each setting, from 1 on; if not given, 1 for smoke, else 10, on MuJoCo 5, with Goal GAN 3 or 5"""
     workers: int = os.cpu_count() or 1
     """runs at a time, each with one torch thread"""
     engine: Literal["local", "slurm"] = "local"
@@ -106,7 +106,8 @@ SOFT_ACTOR_CRITIC = {
 TRUST_REGION = {
     "smoke": "--total-timesteps 4096 --num-envs 2 --num-steps 512 --recall-until 1 --eval-every 2048 --eval-episodes 1",
     "laptop": "--total-timesteps 500000 --eval-every 25000 --eval-episodes 5",
-    "paper": "--total-timesteps 2000000 --num-envs 16 --num-steps 3125 --max-kl 0.05 --gamma 0.995 --eval-every 50000",
+    "paper": "--total-timesteps 2000000 --num-envs 16 --num-steps 3125 --max-kl 0.05 --gamma 0.995 --recall-every 5 "
+    "--recall-until 1 --eval-every 50000",
 }
 # 40 outer iterations for a point mass.
 GOAL_GAN = {
@@ -484,7 +485,11 @@ def locked(log: TextIO) -> bool:
 
 def origin() -> dict[str, str]:
     """What a result depends on: commit, package versions and hardware."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
+    except OSError:  # there is no git here
+        commit = "unknown"
     names = ("torch", "numpy", "gymnasium", "mujoco")
     installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
     cpu = platform.processor() or platform.machine()
@@ -496,8 +501,8 @@ def origin() -> dict[str, str]:
         ]
         cpu = models[0] if models else cpu
     versions = {name: installed[name] for name in names if name in installed}
-    commit = {"commit": git.stdout.strip() or "unknown", "python": platform.python_version()}
-    return commit | versions | {"hardware": f"{os.cpu_count()} cores of {cpu}"}
+    found = {"commit": commit, "python": platform.python_version()} | versions
+    return found | {"hardware": f"{os.cpu_count()} cores of {cpu}"}
 
 
 def execute_locally(runs: list[Run], workers: int) -> list[str]:
@@ -612,8 +617,10 @@ def joined(one: Curves, other: Curves) -> Curves:
     """All seeds of both, which were evaluated at the same steps."""
     if not np.array_equal(one.steps, other.steps):
         fail("--extend: the new runs have other evaluation steps than data.csv, take another --results-dir")
-    order = np.argsort([*one.seeds, *other.seeds])
-    values = {tag: np.concatenate((one.values[tag], new))[order] for tag, new in other.values.items()}
+    order, values = np.argsort([*one.seeds, *other.seeds]), {}
+    for tag in one.values | other.values:
+        columns = (c.values.get(tag, np.full((len(c.seeds), len(c.steps)), np.nan)) for c in (one, other))
+        values[tag] = np.concatenate([*columns])[order]
     return Curves(sorted([*one.seeds, *other.seeds]), one.steps, values)
 
 
@@ -818,7 +825,7 @@ class Claim(NamedTuple):
 
     figure: str
     text: str
-    settings: tuple[str, ...] = ()  # none: not run yet
+    settings: tuple[str, ...]
     formula: Callable[..., float] | None = lambda a, b: a / b  # None: counts the seeds that fail
     statistic: str = "steps to success"
     number: str = "ratio"
@@ -864,9 +871,9 @@ def on_tasks(figure: str, text: str, commands: tuple[str, ...], names: tuple[str
             figure,
             f"{text} (mean of {len(names)} tasks)",
             sum(settings, ()),
-            lambda *means: sum(a / b for a, b in zip(means[::2], means[1::2], strict=True)) / (len(means) / 2),
+            lambda *means: gmean([a / b for a, b in zip(means[::2], means[1::2], strict=True)]),
             statistic=MEAN_RETURN,
-            number="mean ratio",
+            number="geometric mean of the ratios",
         )
     ]
 
@@ -961,7 +968,7 @@ CLAIMS = (
 
 def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
     """What came out, the seeds, and the verdict."""
-    if not claim.settings or not set(claim.settings) <= curves.keys():
+    if not set(claim.settings) <= curves.keys():
         return "", "", "not run"
     settings = [curves[command] for command in claim.settings]
     seeds = ", ".join(dict.fromkeys(str(len(setting.seeds)) for setting in settings))
@@ -982,6 +989,8 @@ def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
         ours = f"{claim.statistic}: {means}; {claim.number} {value:.2f} [{low:.2f}, {high:.2f}]"
     verdict = "holds" if low > above else "holds weakly" if value > above else "does not hold"
     verdict += " (the reverse does)" if claim.formula is not None and high < above else ""
+    if claim.number != "difference" and claim.formula is not None and min(map(interquartile_mean, samples)) <= 0:
+        verdict = "no ratio: a mean is not positive"
     if len({tuple(setting.seeds) for setting in settings}) > 1:
         verdict = "incomplete: not all seeds have finished"
     elif min(len(setting.seeds) for setting in settings) < 5:

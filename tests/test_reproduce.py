@@ -24,7 +24,7 @@ import reproduce
 from reproduce import FIGURES, Args, Curves
 
 ROOT = Path(__file__).parents[1]
-MAKEABLE = [name for name, figure in FIGURES.items() if figure.panels]
+
 SETTINGS = sorted(
     {command for figure in FIGURES.values() for panel in figure.panels for command in panel.runs.values()}
 )
@@ -196,10 +196,35 @@ def test_large_means_are_written_in_full():
     assert "57,000 / 22,800" in judge(*many)[0]
 
 
+def test_ratios_are_averaged_so_that_neither_side_gains_by_the_order():
+    twice, half = [claim for claim in reproduce.CLAIMS if claim.number.startswith("geometric")][:2]
+    assert twice.formula(2, 1, 1, 2) == pytest.approx(1) == half.formula(1, 2, 2, 1)
+    assert twice.formula(8, 1, 2, 1) == pytest.approx(4)
+
+
+def test_means_that_are_not_positive_have_no_ratio():
+    def earning(*returns):
+        return curves(np.zeros((5, 11)), returns=np.array(returns)[:, None] + np.zeros((5, 11)))
+
+    bad, worse, good = (earning(*[mean] * 5) for mean in (-100.0, -200.0, 50.0))
+    for pair in ((bad, worse), (good, worse), (worse, good)):
+        assert judge(*pair, statistic=reproduce.MEAN_RETURN)[2].startswith("no ratio")
+
+
+def test_seeds_of_another_version_may_have_other_tags():
+    old, new = curves(np.zeros((2, 3))), curves(np.zeros((1, 3)), visited=np.ones((1, 3)))
+    del new.values["eval/success_rate"]
+    both = reproduce.joined(old, new._replace(seeds=[9]))
+    assert both.seeds == [*old.seeds, 9] and both.values.keys() == old.values.keys() | new.values.keys()
+    for setting, own, others in ((old, slice(0, 2), slice(2, 3)), (new, slice(2, 3), slice(0, 2))):
+        for tag, values in setting.values.items():
+            np.testing.assert_array_equal(both.values[tag][own], values)
+            assert tag in (old if setting is new else new).values or np.isnan(both.values[tag][others]).all()
+
+
 def test_a_claim_without_data_is_not_run():
     claim = reproduce.Claim("fig2", "text", ("a", "b"))
     assert reproduce.judge(claim, {"a": solved_at(1)})[2] == "not run"
-    assert reproduce.judge(reproduce.Claim("fig7", "text"), {})[2] == "not run"
 
 
 # ------------------------------------------------------------------------------------------------------ tables
@@ -239,7 +264,7 @@ def test_runs_have_folders_of_their_own():
 
 def test_no_two_settings_of_a_panel_have_the_same_colour():
     success = np.zeros((2, 4))
-    for name in MAKEABLE:
+    for name in FIGURES:
         data = {command: curves(success) for panel in FIGURES[name].panels for command in panel.runs.values()}
         for setting in data.values():
             setting.values["eval/visited_cells"] = setting.values["eval/coverage"] = success
@@ -286,7 +311,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", MAKEABLE)
+@pytest.mark.parametrize("name", FIGURES)
 def test_smoke_makes_every_figure(name, tmp_path, smoke_runs, in_this_process, monkeypatch):
     """One panel of each kind; the flags of all others are parsed by the test of all settings."""
     kinds = {panel.kind: panel for panel in reversed(FIGURES[name].panels)}
@@ -612,3 +637,8 @@ def test_origin_names_commit_versions_and_hardware():
     origin = json.loads(json.dumps(reproduce.origin()))
     assert {"commit", "python", "torch", "numpy", "gymnasium", "hardware"} <= origin.keys()
     assert origin["hardware"].startswith(f"{os.cpu_count()} cores of ")
+
+
+def test_origin_is_known_but_for_the_commit_where_there_is_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert reproduce.origin()["commit"] == "unknown"
