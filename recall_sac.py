@@ -141,8 +141,6 @@ class Args:
     """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
     imitation_limit: float = 5.0
     """steps of a trace to which the policy gives less than exp(-limit) of the uniform density are not imitated"""
-    trace_filter: Literal["none", "advantage"] = "none"
-    """advantage: imitate only the steps of a trace that the critics prefer to the policy's own action"""
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -516,13 +514,11 @@ def split_traces(states, actions, in_trace, num_traces: int) -> list[tuple[torch
     return [(states[inside], actions[inside]) for states, actions, inside in parts]
 
 
-def imitate(actor: Actor, critic: Critic, optimizer, states, actions, args: Args) -> dict[str, torch.Tensor]:
+def imitate(actor: Actor, optimizer, states, actions, args: Args) -> dict[str, torch.Tensor]:
     """One step that raises log pi(a | s) on pairs (n, S) and (n, A) of traces (Alg. 1, lines 12 and 13)."""
     log_probs = actor.log_prob(states, actions)
     uniform = -actions.shape[-1] * math.log(2)  # log of the uniform density
     (imitated,) = torch.nonzero(log_probs > uniform - args.imitation_limit, as_tuple=True)
-    if args.trace_filter == "advantage":
-        imitated = imitated[advantages(actor, critic, states[imitated], actions[imitated]) > 0]
     share = torch.tensor(len(imitated) / max(1, len(actions)))
     if len(imitated) == 0:
         return {"recall/imitated": share}
@@ -1017,7 +1013,7 @@ def main(args: Args) -> None:
                 # Alg. 1, lines 12 and 13: imitate them, some after each update, so that none is left at the next phase
                 left_at_most = args.recall_updates * (args.recall_every - 1 - updates_since_phase) / args.recall_every
                 while len(traces) > left_at_most:
-                    losses |= imitate(actor, critic, imitation_optimizer, *traces.pop(), args)
+                    losses |= imitate(actor, imitation_optimizer, *traces.pop(), args)
 
         save_checkpoint()
         log()

@@ -603,7 +603,7 @@ def test_start_states_are_the_most_valuable_and_never_terminal():
 
 def test_imitation_raises_the_log_probability_of_the_traces():
     """Eq. (3)"""
-    actor, critic = networks()
+    actor, _ = networks()
     states, actions = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1).tanh() * 0.9
     expected = copy.deepcopy(actor)
     loss = -tanh_gaussian(expected, states).log_prob(actions).mean()
@@ -612,7 +612,7 @@ def test_imitation_raises_the_log_probability_of_the_traces():
     ):
         weight.data -= 0.01 * gradient
     before = actor.log_prob(states, actions).mean()
-    losses = script.imitate(actor, critic, sgd(actor.parameters(), 0.01), states, actions, Args())
+    losses = script.imitate(actor, sgd(actor.parameters(), 0.01), states, actions, Args())
     assert float(losses["recall/imitation_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     for weight, other in zip(actor.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6)
@@ -621,39 +621,27 @@ def test_imitation_raises_the_log_probability_of_the_traces():
 
 def test_steps_that_the_policy_would_hardly_take_are_not_imitated():
     """Less than exp(-limit) of the uniform density, which is 1 / 4 in two dimensions."""
-    actor, critic = networks()
+    actor, _ = networks()
     states, actions = randn(50, STATE_DIM), torch.linspace(-0.999, 0.999, 50).unsqueeze(-1).expand(50, ACTION_DIM)
     likely = actor.log_prob(states, actions).exp() > math.exp(-0.3) / 4
     assert 5 < likely.sum() < 45
     other = copy.deepcopy(actor)
     limited, free = Args(imitation_limit=0.3), Args(imitation_limit=1e9)
-    losses = script.imitate(actor, critic, sgd(actor.parameters()), states, actions, limited)
+    losses = script.imitate(actor, sgd(actor.parameters()), states, actions, limited)
     assert float(losses["recall/imitated"]) == pytest.approx(float(likely.float().mean()))
-    script.imitate(other, critic, sgd(other.parameters()), states[likely], actions[likely], free)
+    script.imitate(other, sgd(other.parameters()), states[likely], actions[likely], free)
     for weight, expected in zip(actor.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_filter_leaves_what_the_critics_prefer_to_the_greedy_action():
-    actor, critic = networks()
-    states, actions = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1).tanh() * 0.9
-    better = critic(states, actions).min(0)[0] > critic(states, actor(states)[0].tanh()).min(0)[0]
-    assert 5 < better.sum() < 45
-    other, args = copy.deepcopy(actor), Args(trace_filter="advantage")
-    script.imitate(actor, critic, sgd(actor.parameters()), states, actions, args)
-    script.imitate(other, critic, sgd(other.parameters()), states[better], actions[better], Args())
-    for weight, expected in zip(actor.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("pairs, trace_filter", [(0, "none"), (0, "advantage"), (5, "advantage")])
-def test_where_nothing_is_left_to_imitate_the_policy_stands_still(pairs, trace_filter):
-    actor, critic = networks()
+@pytest.mark.parametrize("pairs", [0, 5])
+def test_where_nothing_is_left_to_imitate_the_policy_stands_still(pairs):
+    actor, _ = networks()
     optimizer = torch.optim.Adam(actor.parameters())
-    script.imitate(actor, critic, optimizer, randn(4, STATE_DIM), randn(4, ACTION_DIM).tanh(), Args())  # momentum
-    states = randn(pairs, STATE_DIM)
-    actions, before = actor(states)[0].tanh().detach(), copies(actor)  # the greedy ones: no advantage
-    losses = script.imitate(actor, critic, optimizer, states, actions, Args(trace_filter=trace_filter))
+    script.imitate(actor, optimizer, randn(4, STATE_DIM), randn(4, ACTION_DIM).tanh(), Args())  # momentum
+    states, before = randn(pairs, STATE_DIM), copies(actor)
+    actions = torch.full((pairs, ACTION_DIM), 0.98)  # the policy would hardly take them
+    losses = script.imitate(actor, optimizer, states, actions, Args(imitation_limit=0.0))
     assert losses == {"recall/imitated": 0}
     assert all(torch.equal(*pair) for pair in zip(actor.parameters(), before, strict=True))
 
