@@ -17,7 +17,7 @@
 
 An ant in a U-shaped maze learns to reach every place. A generative adversarial network proposes goals that are neither
 too easy nor too hard; a backtracking model imagines what may lead to them, and the policy imitates these recall traces.
-This file and the mazes, envs/u_maze.py and envs/point_mass.py, are all there is.
+This file and the mazes in envs are all there is.
 
     python recall_goalgan_ant.py --env-id PointUMaze-v0       # a point mass in the maze
     python recall_goalgan_ant.py --capture-video              # the ant, at the scale of the paper
@@ -1179,6 +1179,7 @@ def main(args: Args) -> None:
                 losses |= update_goal_gan(gan, gan_optimizers, goals, labels, args, rngs["goals"])
                 losses["goals/intermediate"] = torch.tensor(labels.mean())
                 visited = rollout.next_states[..., places].reshape(-1, envs.goal_dim)
+                visited = visited[np.isfinite(visited).all(-1)]  # a simulation may break
                 replay.add(np.concatenate((goals[labels], rngs["goals"].permutation(visited)[:10_000])))
 
             if args.recall == "none" or step // outer_batch % args.recall_every:
