@@ -100,6 +100,36 @@ def test_log_prob_against_torch_distributions():
     torch.testing.assert_close(actor.log_prob(states, actions), policy(actor, states).log_prob(actions))
 
 
+def test_an_action_at_its_bound_is_as_likely_as_all_draws_beyond_it():
+    actor, _ = networks()
+    states, actions = randn(50, STATE_DIM), (2 * randn(50, ACTION_DIM, seed=1)).clamp(-1, 1)
+    gaussian = policy(actor, states).base_dist
+    expected = gaussian.log_prob(actions)
+    expected = torch.where(actions == 1, (1 - gaussian.cdf(torch.ones(()))).log(), expected)
+    expected = torch.where(actions == -1, gaussian.cdf(-torch.ones(())).log(), expected)
+    assert 20 < (actions.abs() == 1).sum() < 80
+    torch.testing.assert_close(actor.log_prob_of_clipped(states, actions), expected.sum(-1), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # far from the bounds it is finite, too
+        actor.net[-1].bias.fill_(50.0)
+    loss = actor.log_prob_of_clipped(states, actions).sum()
+    assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, [*actor.parameters()]))
+
+
+def test_imitating_its_own_actions_leaves_the_policy_as_it_is():
+    """Though they were clipped. A Gaussian that took them for its draws would pull its mean and its deviation in."""
+    actor, _ = networks()
+    with torch.no_grad():
+        actor.net[-1].bias += 1.5
+        states = randn(200_000, STATE_DIM)
+        actions = policy(actor, states).sample().clamp(-1, 1)
+    last = [actor.net[-1].bias, actor.log_std]
+    right, wrong = (
+        torch.cat(torch.autograd.grad(log_prob(states, actions).mean(), last)).abs()
+        for log_prob in (actor.log_prob_of_clipped, actor.log_prob)
+    )
+    assert right.max() < 0.01 < 0.1 < wrong.min()
+
+
 def test_the_policy_in_numpy_is_the_policy():
     actor, _ = networks()
     states = randn(50, STATE_DIM)
@@ -208,7 +238,7 @@ def test_a_step_improves_the_surrogate_within_the_bound(max_kl):
     before = surrogate(actor, old_log_probs, *batch)
     losses = script.update_actor(actor, *batch, Args(max_kl=max_kl))
     gain = surrogate(actor, old_log_probs, *batch) - before
-    kl = float(exact_kl_divergence(policy(old, batch[0]), policy(actor, batch[0])).mean())
+    kl = float(exact_kl_divergence(policy(old, batch[0]), policy(actor, batch[0])).mean().detach())
     assert gain > 0 and 0.1 * max_kl < kl <= max_kl
     assert float(losses["losses/kl"]) == pytest.approx(kl, rel=1e-3)
     assert float(losses["losses/policy_loss"]) == pytest.approx(-gain, rel=1e-3, abs=1e-6)
@@ -570,7 +600,7 @@ def test_traces_are_split_into_the_pairs_of_each_imitation_update():
 def test_imitation_raises_the_log_probability_of_the_traces():
     """Eq. (3), weighted"""
     actor, _ = networks()
-    states, actions, weights = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1), randn(50, seed=2)
+    states, actions, weights = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1).tanh(), randn(50, seed=2)
     for weight in (torch.ones(50, dtype=torch.bool), weights):
         trained, expected = copy.deepcopy(actor), copy.deepcopy(actor)
         loss = -(weight * policy(expected, states).log_prob(actions)).mean()
