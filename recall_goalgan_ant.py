@@ -169,8 +169,8 @@ class Args:
     """step size of Adam for the imitation of traces"""
     imitation_kl: float = 0.01
     """largest mean KL divergence between the policies before and after a recall phase"""
-    action_noise: float = 0.3
-    """standard deviation of imagined actions as a share of the model's own (the paper: 1)"""
+    action_noise: float = 1.0
+    """standard deviation of imagined actions as a share of the model's own"""
     state_noise: float = 0.5
     """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
     trace_limit: float = 5.0
@@ -225,6 +225,14 @@ class Actor(nn.Module):
         mean, log_std = self(states)
         noise = (actions - mean) / log_std.exp()
         return -(0.5 * noise**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def log_prob_of_clipped(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """log pi of actions as they are carried out, (B,): one at its bound stands for all draws beyond it."""
+        mean, log_std = self(states)
+        std = log_std.exp()
+        inside = -(0.5 * ((actions - mean) / std) ** 2 + log_std + 0.5 * math.log(2 * math.pi))
+        above, below = torch.special.log_ndtr((mean - 1) / std), torch.special.log_ndtr((-1 - mean) / std)
+        return torch.where(actions >= 1, above, torch.where(actions <= -1, below, inside)).sum(-1)
 
 
 class Critic(nn.Module):
@@ -715,7 +723,7 @@ def imitate(actor: Actor, optimizer, traces: list, states: torch.Tensor, args: A
     for trace_states, actions in traces:
         if len(actions) == 0:
             continue
-        loss = -actor.log_prob(trace_states, actions).mean()  # Eq. (3), its mean over the pairs
+        loss = -actor.log_prob_of_clipped(trace_states, actions).mean()  # Eq. (3), its mean over the pairs
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
