@@ -24,7 +24,7 @@ This file and the mazes in envs are all there is.
     python recall_goalgan_ant.py --recall none                # Goal GAN alone
     python recall_goalgan_ant.py --evaluate RUN_DIR           # measure coverage, play the trained agent
 
-Recall traces have not been shown to gain anything here, and slow the ant down: see docs/recall_goalgan_ant.md.
+The gain from recall traces is small and uncertain here, for the ant there is none: see docs/recall_goalgan_ant.md.
 """
 
 import json

@@ -23,7 +23,7 @@ policy imitates these recall traces. This file is all there is, and `--recall no
     python recall_trpo.py --evaluate RUN_DIR                  # play the trained agent
 
 A run of 500 000 steps takes two to four minutes on one core of a laptop. Plain, it reaches returns of about 2 800 on
-HalfCheetah-v5 and Hopper-v5; recall traces have not been shown to gain anything: see docs/recall_trpo.md.
+HalfCheetah-v5 and Hopper-v5; what recall traces gain is small and uncertain: see docs/recall_trpo.md.
 """
 
 import json
