@@ -640,8 +640,10 @@ def test_where_nothing_is_left_to_imitate_the_policy_stands_still(pairs):
     optimizer = torch.optim.Adam(actor.parameters())
     script.imitate(actor, optimizer, randn(4, STATE_DIM), randn(4, ACTION_DIM).tanh(), Args())  # momentum
     states, before = randn(pairs, STATE_DIM), copies(actor)
-    actions = torch.full((pairs, ACTION_DIM), 0.98)  # the policy would hardly take them
-    losses = script.imitate(actor, optimizer, states, actions, Args(imitation_limit=0.0))
+    with torch.no_grad():
+        mean, log_std = actor(states)
+        actions = (mean + 5 * log_std.exp()).tanh()  # the policy would hardly take them
+    losses = script.imitate(actor, optimizer, states, actions, Args())
     assert losses == {"recall/imitated": 0}
     assert all(torch.equal(*pair) for pair in zip(actor.parameters(), before, strict=True))
 
