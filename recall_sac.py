@@ -139,8 +139,6 @@ class Args:
     """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
     trace_limit: float = 5.0
     """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
-    imitation_limit: float = 5.0
-    """steps of a trace to which the policy gives less than exp(-limit) of the uniform density are not imitated"""
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -167,19 +165,23 @@ class Actor(nn.Module):
         """Actions (B, A) made of standard normal noise (B, A), and their log pi(a | s), (B,)."""
         mean, log_std = self(states)
         u = mean + log_std.exp() * noise
-        return u.tanh(), tanh_gaussian_log_prob(noise, log_std, u)
+        return u.tanh(), tanh_gaussian_log_prob(noise, log_std, u).sum(-1)
 
-    def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """log pi(a | s) of actions in (-1, 1), (B,)."""
+    def log_prob_of_clipped(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """log pi(a | s) of actions of traces, (B,); one at its bound has the mean density of all beyond it."""
         mean, log_std = self(states)
-        u = actions.atanh()
-        return tanh_gaussian_log_prob((u - mean) / log_std.exp(), log_std, u)
+        std, u, bound = log_std.exp(), actions.atanh(), math.atanh(LARGEST_ACTION)
+        inside = tanh_gaussian_log_prob((u - mean) / std, log_std, u)
+        beyond = (actions.sign() * mean - bound) / std
+        # In double precision and not too far off, as the gradient of log_ndtr is made of the difference of two squares.
+        beyond = torch.special.log_ndtr(beyond.double().clamp(min=-1e6)).float() - math.log(1 - LARGEST_ACTION)
+        return torch.where(actions.abs() < LARGEST_ACTION, inside, beyond).sum(-1)
 
 
 def tanh_gaussian_log_prob(noise: torch.Tensor, log_std: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """log pi of tanh(u), u = mean + std * noise; log(1 - tanh(u)^2) in a form that does not round to log 0."""
+    """log pi of each number of tanh(u), u = mean + std * noise, with log(1 - tanh(u)^2) so that it is never log 0."""
     log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
-    return (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
+    return -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_slope
 
 
 class TwinLinear(nn.Module):
@@ -214,7 +216,7 @@ class Critic(nn.Module):
         return self.layers[-1](x, frozen).squeeze(-1)
 
 
-LARGEST_ACTION = 0.98  # of traces: an action at its bound would ask the policy for an infinite mean
+LARGEST_ACTION = 0.98  # of traces, where it stands for all beyond it: no mean of the policy makes a tanh of 1
 
 
 class BacktrackingModel(nn.Module):
@@ -332,17 +334,18 @@ class ReplayBuffer:
         """Which rows the backtracking model never sees, to be tested on them: every tenth stretch of 100 steps."""
         return rows // (100 * len(self.time)) % 10 == 9
 
-    def draw_rows(self, count: int, rng: np.random.Generator, held_out: bool | None = None) -> np.ndarray:
-        """Rows of transitions, uniform and independent, (count,): of all, or only of those (not) held out."""
+    def draw_rows(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows of transitions, uniform and independent, (count,)."""
         rows = rng.integers(self.filled(), size=count)
-        while True:
-            refused = ~self.acted[rows]
-            if held_out is not None:
-                refused |= self.held_out(rows) != held_out
-            refused = np.flatnonzero(refused)
-            if len(refused) == 0:
-                return rows
+        while len(refused := np.flatnonzero(~self.acted[rows])):
             rows[refused] = rng.integers(self.filled(), size=len(refused))
+        return rows
+
+    def draw_distinct_rows(self, count: int, rng: np.random.Generator, held_out: bool) -> np.ndarray:
+        """Rows of transitions (not) held out, each at most once: `count`, or all if there are fewer."""
+        written = np.arange(self.filled())
+        rows = written[self.acted[written] & (self.held_out(written) == held_out)]
+        return rng.choice(rows, min(count, len(rows)), replace=False)
 
     def later(self, rows: np.ndarray, steps: int) -> np.ndarray:
         """The rows so many steps later, or earlier if negative."""
@@ -467,7 +470,7 @@ def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, held_o
 
     Without those with a terminal next state: it has no value, and no recall trace can start there.
     """
-    rows = buffer.draw_rows(args.recall_tuples, rng, held_out)
+    rows = buffer.draw_distinct_rows(args.recall_tuples, rng, held_out)
     batch = buffer.at(rows)
     values = torch.cat([state_values(actor, critic, part) for part in batch.next_states.split(1000)])  # fits a cache
     values, best = values.masked_fill(batch.terminated.bool(), -torch.inf).sort(descending=True, stable=True)
@@ -514,19 +517,15 @@ def split_traces(states, actions, in_trace, num_traces: int) -> list[tuple[torch
     return [(states[inside], actions[inside]) for states, actions, inside in parts]
 
 
-def imitate(actor: Actor, optimizer, states, actions, args: Args) -> dict[str, torch.Tensor]:
+def imitate(actor: Actor, optimizer, states, actions) -> dict[str, torch.Tensor]:
     """One step that raises log pi(a | s) on pairs (n, S) and (n, A) of traces (Alg. 1, lines 12 and 13)."""
-    log_probs = actor.log_prob(states, actions)
-    uniform = -actions.shape[-1] * math.log(2)  # log of the uniform density
-    (imitated,) = torch.nonzero(log_probs > uniform - args.imitation_limit, as_tuple=True)
-    share = torch.tensor(len(imitated) / max(1, len(actions)))
-    if len(imitated) == 0:
-        return {"recall/imitated": share}
-    loss = -log_probs[imitated].mean()  # Eq. (3), its mean over the pairs
+    if len(actions) == 0:
+        return {}
+    loss = -actor.log_prob_of_clipped(states, actions).mean()  # Eq. (3), its mean over the pairs
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return {"recall/imitation_loss": loss.detach(), "recall/imitated": share}
+    return {"recall/imitation_loss": loss.detach()}
 
 
 @torch.no_grad()
@@ -554,11 +553,10 @@ class Comparison(NamedTuple):
 @torch.no_grad()
 def compare_traces(model: BacktrackingModel, buffer: ReplayBuffer, actor, critic, length: int, args: Args, rng):
     """Recall traces beside what really led to the high-value states; the model has not learned from these tuples."""
-    written = np.arange(buffer.filled())
-    if not (buffer.acted[written] & buffer.held_out(written)).any():
-        return None
     _, _, rows = high_value_states(buffer, actor, critic, True, args, rng)
-    rows = np.unique(rows)
+    if len(rows) == 0:
+        return None
+    rows.sort()
     rows = rows[:: max(1, len(rows) // 256)]
     rows = np.stack([buffer.later(rows, -steps) for steps in range(length)])
     known = as_tensor(np.logical_and.accumulate(buffer.acted[rows] & buffer.held_out(rows)), args.device)
@@ -1013,7 +1011,7 @@ def main(args: Args) -> None:
                 # Alg. 1, lines 12 and 13: imitate them, some after each update, so that none is left at the next phase
                 left_at_most = args.recall_updates * (args.recall_every - 1 - updates_since_phase) / args.recall_every
                 while len(traces) > left_at_most:
-                    losses |= imitate(actor, imitation_optimizer, *traces.pop(), args)
+                    losses |= imitate(actor, imitation_optimizer, *traces.pop())
 
         save_checkpoint()
         log()

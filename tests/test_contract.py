@@ -107,9 +107,7 @@ SCRIPTS = {
             ("trace-length", {"trace_length": 10**6}),
         ),
         left_out=frozenset({"top-trajectories"}),
-        tags=frozenset(
-            {"recall/imitated", "recall/trace_survival", "recall/trace_advantage", "recall/trace_error_of_first_step"}
-        ),
+        tags=frozenset({"recall/trace_survival", "recall/trace_advantage", "recall/trace_error_of_first_step"}),
     ),
     "recall_trpo": Script(
         steps=2000,

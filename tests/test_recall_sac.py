@@ -96,7 +96,7 @@ def tanh_gaussian(actor, states):
     return TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), [TanhTransform(cache_size=1)])
 
 
-def test_log_prob_of_samples_and_of_given_actions_against_torch_distributions():
+def test_log_prob_of_samples_against_torch_distributions():
     actor, _ = networks()
     states, noise = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1)
     mean, log_std = actor(states)
@@ -105,17 +105,58 @@ def test_log_prob_of_samples_and_of_given_actions_against_torch_distributions():
     expected = tanh_gaussian(actor, states).log_prob((mean + log_std.exp() * noise).tanh())
     torch.testing.assert_close(actions, (mean + log_std.exp() * noise).tanh())
     torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-4)
-    given = randn(50, ACTION_DIM, seed=2).tanh() * script.LARGEST_ACTION
-    expected = tanh_gaussian(actor, states).log_prob(given)
-    torch.testing.assert_close(actor.log_prob(states, given), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_action_at_its_bound_is_as_likely_as_all_beyond_it():
+    """At their mean density: their probability over their share of the actions, the last 0.02 on each side."""
+    actor, _ = networks()
+    states, actions = randn(50, STATE_DIM), (1.5 * randn(50, ACTION_DIM, seed=2)).clamp(-0.98, 0.98)
+    mean, log_std = actor(states)
+    gaussian, bound = Normal(mean.double(), log_std.exp().double()), torch.tensor(0.98).double().atanh()
+    expected = TransformedDistribution(gaussian, [TanhTransform(cache_size=1)]).log_prob(actions.double())
+    expected = torch.where(actions >= 0.98, ((1 - gaussian.cdf(bound)) / 0.02).log(), expected)
+    expected = torch.where(actions <= -0.98, (gaussian.cdf(-bound) / 0.02).log(), expected)
+    assert 20 < (actions.abs() >= 0.98).sum() < 80
+    log_probs = actor.log_prob_of_clipped(states, actions)
+    torch.testing.assert_close(log_probs, expected.sum(-1).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean, log_std", [(1.0, -4.0), (20.0, -6.0), (50.0, -9.0), (50.0, -20.0)])
+def test_actions_far_beyond_what_the_policy_does_pull_it_like_a_parabola(mean, log_std):
+    """As the tail of a Gaussian does, unless it is a million deviations away; nothing is infinite there, either."""
+    actor, _ = networks()
+    with torch.no_grad():
+        actor.net[-1].weight.zero_()
+        actor.net[-1].bias.copy_(torch.tensor([mean, -mean, log_std, log_std]))
+    actions, bias = torch.tensor([[-0.98, 0.98]]), actor.net[-1].bias
+    (gradient,) = torch.autograd.grad(actor.log_prob_of_clipped(randn(1, STATE_DIM), actions).sum(), bias)
+    distance, std = mean + math.atanh(0.98), math.exp(log_std)
+    expected = [-distance / std**2, distance / std**2, (distance / std) ** 2, (distance / std) ** 2]
+    expected = torch.tensor(expected) if distance / std < 1e6 else torch.zeros(4)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=0)
 
 
 def test_density_of_actions_integrates_to_one():
+    """With those beyond the bound."""
     torch.manual_seed(0)
     actor = Actor(1, 1, 8)
-    actions = torch.linspace(-1, 1, 20_001)[1:-1].unsqueeze(-1)
-    density = actor.log_prob(torch.ones(len(actions), 1), actions).exp()
+    actions = torch.linspace(-1, 1, 20_001)[1:-1].clamp(-0.98, 0.98).unsqueeze(-1)
+    density = actor.log_prob_of_clipped(torch.ones(len(actions), 1), actions).exp()
     assert float(density.detach().sum()) * 1e-4 == pytest.approx(1, abs=1e-3)
+
+
+def test_imitating_its_own_actions_leaves_the_policy_as_it_is():
+    """Though they were clipped. A policy that took them for its draws would have its mean and deviation pulled in."""
+    actor, _ = networks()
+    states = randn(200_000, STATE_DIM)
+    with torch.no_grad():
+        actor.net[-1].bias[:ACTION_DIM] += 2
+        actions = actor.sample(states, randn(200_000, ACTION_DIM, seed=1))[0].clamp(-0.98, 0.98)
+    right, wrong = (
+        torch.autograd.grad(log_prob(actions).mean(), actor.net[-1].bias)[0].abs()
+        for log_prob in (lambda a: actor.log_prob_of_clipped(states, a), tanh_gaussian(actor, states).log_prob)
+    )
+    assert right.max() < 0.01 < 0.1 < wrong.min()
 
 
 def test_log_prob_stays_finite_where_tanh_rounds_to_one():
@@ -247,6 +288,21 @@ def test_rows_are_drawn_uniformly():
     expected = 100_000 / len(rows)
     assert counts.sum() == 100_000
     assert ((counts - expected) ** 2 / expected).sum() < len(rows) + 5 * math.sqrt(2 * len(rows))  # chi-square
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_distinct_rows_are_drawn_uniformly_among_those_held_out_or_not(held_out):
+    episodes, buffer = Episodes([Line()], seed=1), ReplayBuffer(5000, 1, 3, 2, "cpu")
+    play_into(buffer, episodes, 1000)
+    rows, rng = np.flatnonzero(buffer.acted), np.random.default_rng(0)
+    rows = rows[(rows // 100 % 10 == 9) == held_out]
+    draws = [buffer.draw_distinct_rows(40, rng, held_out) for _ in range(2000)]
+    assert all(len(np.unique(draw)) == 40 for draw in draws)
+    counts = np.bincount(np.concatenate(draws), minlength=5000)[rows]
+    expected = 80_000 / len(rows)
+    assert counts.sum() == 80_000
+    assert ((counts - expected) ** 2 / expected).sum() < len(rows) + 5 * math.sqrt(2 * len(rows))  # chi-square
+    assert np.array_equal(np.sort(buffer.draw_distinct_rows(10_000, rng, held_out)), rows)  # all there are
 
 
 def test_a_time_limit_is_no_terminal_state():
@@ -588,8 +644,8 @@ def test_start_states_are_the_most_valuable_and_never_terminal():
     play_into(buffer, episodes, 500)
     actor, critic = networks(state_dim=3, action_dim=2)
     args, rng = Args(recall_tuples=400, top_fraction=0.25), np.random.default_rng(0)
-    tuples, values, rows = script.high_value_states(buffer, actor, critic, None, args, rng)
-    drawn = buffer.at(buffer.draw_rows(400, np.random.default_rng(0)))
+    tuples, values, rows = script.high_value_states(buffer, actor, critic, False, args, rng)
+    drawn = buffer.at(buffer.draw_distinct_rows(400, np.random.default_rng(0), held_out=False))
     value = critic(drawn.next_states, actor(drawn.next_states)[0].tanh()).min(0)[0]
     best = sorted(value[drawn.terminated == 0].tolist(), reverse=True)[:100]
     assert values.tolist() == pytest.approx(best)
@@ -597,7 +653,7 @@ def test_start_states_are_the_most_valuable_and_never_terminal():
     assert np.array_equal(rows_of(buffer.at(rows)), rows_of(tuples))
     assert not tuples.terminated.any() and drawn.terminated.any()
     everything = Args(recall_tuples=400, top_fraction=1.0)
-    tuples, values, _ = script.high_value_states(buffer, actor, critic, None, everything, np.random.default_rng(0))
+    tuples, values, _ = script.high_value_states(buffer, actor, critic, False, everything, np.random.default_rng(0))
     assert len(values) == (drawn.terminated == 0).sum() and not tuples.terminated.any() and values.isfinite().all()
 
 
@@ -611,40 +667,20 @@ def test_imitation_raises_the_log_probability_of_the_traces():
         expected.parameters(), torch.autograd.grad(loss, [*expected.parameters()]), strict=True
     ):
         weight.data -= 0.01 * gradient
-    before = actor.log_prob(states, actions).mean()
-    losses = script.imitate(actor, sgd(actor.parameters(), 0.01), states, actions, Args())
+    before = actor.log_prob_of_clipped(states, actions).mean()
+    losses = script.imitate(actor, sgd(actor.parameters(), 0.01), states, actions)
     assert float(losses["recall/imitation_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     for weight, other in zip(actor.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6)
-    assert actor.log_prob(states, actions).mean() > before
+    assert actor.log_prob_of_clipped(states, actions).mean() > before
 
 
-def test_steps_that_the_policy_would_hardly_take_are_not_imitated():
-    """Less than exp(-limit) of the uniform density, which is 1 / 4 in two dimensions."""
-    actor, _ = networks()
-    states, actions = randn(50, STATE_DIM), torch.linspace(-0.999, 0.999, 50).unsqueeze(-1).expand(50, ACTION_DIM)
-    likely = actor.log_prob(states, actions).exp() > math.exp(-0.3) / 4
-    assert 5 < likely.sum() < 45
-    other = copy.deepcopy(actor)
-    limited, free = Args(imitation_limit=0.3), Args(imitation_limit=1e9)
-    losses = script.imitate(actor, sgd(actor.parameters()), states, actions, limited)
-    assert float(losses["recall/imitated"]) == pytest.approx(float(likely.float().mean()))
-    script.imitate(other, sgd(other.parameters()), states[likely], actions[likely], free)
-    for weight, expected in zip(actor.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("pairs", [0, 5])
-def test_where_nothing_is_left_to_imitate_the_policy_stands_still(pairs):
+def test_where_no_trace_stayed_inside_the_data_the_policy_stands_still():
     actor, _ = networks()
     optimizer = torch.optim.Adam(actor.parameters())
-    script.imitate(actor, optimizer, randn(4, STATE_DIM), randn(4, ACTION_DIM).tanh(), Args())  # momentum
-    states, before = randn(pairs, STATE_DIM), copies(actor)
-    with torch.no_grad():
-        mean, log_std = actor(states)
-        actions = (mean + 5 * log_std.exp()).tanh()  # the policy would hardly take them
-    losses = script.imitate(actor, optimizer, states, actions, Args())
-    assert losses == {"recall/imitated": 0}
+    script.imitate(actor, optimizer, randn(4, STATE_DIM), randn(4, ACTION_DIM).tanh())  # momentum
+    before = copies(actor)
+    assert script.imitate(actor, optimizer, randn(0, STATE_DIM), randn(0, ACTION_DIM)) == {}
     assert all(torch.equal(*pair) for pair in zip(actor.parameters(), before, strict=True))
 
 
