@@ -601,9 +601,10 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 def make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        files = list(run_dir.iterdir())
     except OSError as error:
-        fail(f"--run-dir must be a folder that can be made, {run_dir} is not: {error.strerror}")
-    if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+        fail(f"--run-dir must be a folder that can be made and read, {run_dir} is not: {error.strerror}")
+    if any(file.suffix != ".tmp" for file in files):
         fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
 
 

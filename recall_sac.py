@@ -150,6 +150,9 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
+LARGEST_ACTION = 0.98  # of traces: one there stands for all beyond it
+
+
 class Actor(nn.Module):
     """pi_theta(a | s), the tanh of a Gaussian, from states (B, S) to its mean and log std, (B, A) each."""
 
@@ -168,13 +171,14 @@ class Actor(nn.Module):
         return u.tanh(), tanh_gaussian_log_prob(noise, log_std, u).sum(-1)
 
     def log_prob_of_clipped(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """log pi(a | s) of actions of traces, (B,); one at its bound has the mean density of all beyond it."""
+        """log pi(a | s) of actions of traces, (B,). One at +-0.98 stands for all beyond it: log(P(beyond) / 0.02)."""
         mean, log_std = self(states)
-        std, u, bound = log_std.exp(), actions.atanh(), math.atanh(LARGEST_ACTION)
+        u, bound = actions.clamp(-LARGEST_ACTION, LARGEST_ACTION).atanh(), math.atanh(LARGEST_ACTION)
+        std = log_std.exp()
         inside = tanh_gaussian_log_prob((u - mean) / std, log_std, u)
-        beyond = (actions.sign() * mean - bound) / std
-        # In double precision and not too far off, as the gradient of log_ndtr is made of the difference of two squares.
-        beyond = torch.special.log_ndtr(beyond.double().clamp(min=-1e6)).float() - math.log(1 - LARGEST_ACTION)
+        # The gradient of log_ndtr is made of the difference of two squares: in doubles, 0 a million deviations away.
+        deviations = ((actions.sign() * mean - bound) / std).double().clamp(min=-1e6)
+        beyond = torch.special.log_ndtr(deviations).float() - math.log(1 - LARGEST_ACTION)
         return torch.where(actions.abs() < LARGEST_ACTION, inside, beyond).sum(-1)
 
 
@@ -214,9 +218,6 @@ class Critic(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x, frozen).relu_()
         return self.layers[-1](x, frozen).squeeze(-1)
-
-
-LARGEST_ACTION = 0.98  # of traces, where it stands for all beyond it: no mean of the policy makes a tanh of 1
 
 
 class BacktrackingModel(nn.Module):
@@ -294,10 +295,10 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """B: a ring with one copy of each state, held in columns whose row t * num_envs + i is step t of environment i.
+    """B: a ring with one copy of each state, held in columns whose row t * num_envs + i is slot t of environment i.
 
     A row holds a state and what was done there; the next state is num_envs rows further. The last state of an episode
-    has a row of its own, in which nothing was done.
+    has a slot of its own, in which nothing was done.
     """
 
     def __init__(self, buffer_size: int, num_envs: int, state_dim: int, action_dim: int, device: torch.device | str):
@@ -327,7 +328,7 @@ class ReplayBuffer:
         self.full |= bool(self.time[i] == 0)
 
     def filled(self) -> int:
-        """How many rows have been written."""
+        """The number of rows up to the last one written; with several environments some of them may be empty."""
         return len(self.acted) if self.full else (int(self.time.max()) + 1) * len(self.time)
 
     def held_out(self, rows: np.ndarray) -> np.ndarray:
@@ -465,7 +466,7 @@ def state_values(actor: Actor, critic: Critic, states: torch.Tensor) -> torch.Te
     return critic(states, actor(states)[0].tanh()).amin(0)
 
 
-def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, held_out: bool, args: Args, rng):
+def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, args: Args, rng, held_out: bool):
     """The most valuable of the tuples drawn from B, best first, their next states' values and rows (Alg. 1, line 8).
 
     Without those with a terminal next state: it has no value, and no recall trace can start there.
@@ -553,11 +554,10 @@ class Comparison(NamedTuple):
 @torch.no_grad()
 def compare_traces(model: BacktrackingModel, buffer: ReplayBuffer, actor, critic, length: int, args: Args, rng):
     """Recall traces beside what really led to the high-value states; the model has not learned from these tuples."""
-    _, _, rows = high_value_states(buffer, actor, critic, True, args, rng)
+    _, _, rows = high_value_states(buffer, actor, critic, args, rng, held_out=True)
     if len(rows) == 0:
         return None
-    rows.sort()
-    rows = rows[:: max(1, len(rows) // 256)]
+    rows = rng.permutation(rows)[:256]
     rows = np.stack([buffer.later(rows, -steps) for steps in range(length)])
     known = as_tensor(np.logical_and.accumulate(buffer.acted[rows] & buffer.held_out(rows)), args.device)
     starts, real = buffer.at(rows[0]).next_states, buffer.at(rows.ravel()).states.unflatten(0, rows.shape)
@@ -685,7 +685,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 AT_MOST = {"gamma": 1, "tau": 1, "top_fraction": 1, "seed": 2**63 - 1, "torch_threads": 1024, "num_envs": 1024}
 AT_MOST |= dict.fromkeys(("num_traces", "batch_size", "backtracking_batch_size", "hidden", "recall_updates"), 10**5)
-AT_MOST |= {"recall_tuples": 10**7, "buffer_size": 10**9, "trace_length": 1000, "eval_episodes": 1000}
+AT_MOST |= {"recall_tuples": 10**7, "buffer_size": 10**9, "backtracking_updates": 10**5}
+AT_MOST |= dict.fromkeys(("updates_per_step", "trace_length", "eval_episodes"), 1000)
 
 
 def check(args: Args) -> None:
@@ -703,10 +704,13 @@ def check(args: Args) -> None:
     steps = args.num_traces * args.recall_updates * (args.trace_length or 1)
     if args.recall != "none" and steps > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}, got {steps}")
+    rows = args.backtracking_updates * args.backtracking_batch_size
+    if args.recall == "learned" and rows > 10**8:
+        fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
     try:
-        torch.zeros(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError):
-        fail(f"--device {args.device} is not available here, --device cpu is")
+        torch.zeros(1, device=args.device, dtype=torch.float64).cpu()
+    except (RuntimeError, AssertionError, TypeError):
+        fail(f"--device {args.device} is not available here with numbers of double precision, --device cpu is")
     env = make_env(args)
     try:
         shapes = *env.observation_space.shape, *env.action_space.shape
@@ -773,9 +777,10 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 def make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        files = list(run_dir.iterdir())
     except OSError as error:
-        fail(f"--run-dir must be a folder that can be made, {run_dir} is not: {error.strerror}")
-    if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+        fail(f"--run-dir must be a folder that can be made and read, {run_dir} is not: {error.strerror}")
+    if any(file.suffix != ".tmp" for file in files):
         fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
 
 
@@ -994,7 +999,7 @@ def main(args: Args) -> None:
                 updates_since_phase, rng = (n + 1) % args.recall_every, rngs["recall"]
                 if updates_since_phase == 0:
                     # Alg. 1, line 8: what led to the most valuable states
-                    tuples, values, _ = high_value_states(buffer, actor, critic, False, args, rng)
+                    tuples, values, _ = high_value_states(buffer, actor, critic, args, rng, held_out=False)
                     if len(values) == 0:  # nothing but terminal states
                         continue
                     model.normalise_by(tuples)
@@ -1003,7 +1008,7 @@ def main(args: Args) -> None:
                         shape = args.backtracking_updates, args.backtracking_batch_size
                         for rows in as_tensor(rng.integers(len(values), size=shape), args.device):
                             losses |= update_backtracking_model(model, backtracking_optimizer, tuples, rows)
-                    # Alg. 1, lines 10 and 11: recall traces from the most valuable states
+                    # Alg. 1, lines 10 and 11: recall traces from the most valuable states, each update from some of all
                     chosen = rng.permutation(args.num_traces * args.recall_updates) % len(values)
                     losses["recall/start_value"] = values[chosen].mean()
                     starts = tuples.next_states[chosen]

@@ -758,8 +758,8 @@ def compare_traces(model: BacktrackingModel, buffer: TrajectoryBuffer, length: i
     if not held_out:
         return None
     tuples = Tuples(*map(np.concatenate, zip(*held_out, strict=True)))
-    ends = np.sort(np.argsort(-tuples.values, kind="stable")[: max(1, round(args.top_fraction * len(tuples.values)))])
-    ends = ends[:: max(1, len(ends) // 256)]
+    best = np.argsort(-tuples.values, kind="stable")[: max(1, round(args.top_fraction * len(tuples.values)))]
+    ends = rng.permutation(best)[:256]
     steps = np.arange(length)[:, None]
     known = as_tensor(tuples.times[ends] >= steps, args.device)
     real = as_tensor(tuples.states[np.maximum(ends - steps, 0)], args.device)
@@ -973,9 +973,10 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 def make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        files = list(run_dir.iterdir())
     except OSError as error:
-        fail(f"--run-dir must be a folder that can be made, {run_dir} is not: {error.strerror}")
-    if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+        fail(f"--run-dir must be a folder that can be made and read, {run_dir} is not: {error.strerror}")
+    if any(file.suffix != ".tmp" for file in files):
         fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
 
 
