@@ -884,7 +884,7 @@ AT_MOST = {"gamma": 1, "gae_lambda": 1, "least_success": 1, "most_success": 1, "
 AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size", "hidden"), 10**5)
 AT_MOST |= dict.fromkeys(("num_goals", "num_replayed_goals", "gan_batch_size", "label_rollouts", "num_envs"), 10**5)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
-AT_MOST |= dict.fromkeys(("recall_updates", "buffer_size"), 10**9)
+AT_MOST |= dict.fromkeys(("recall_updates", "backtracking_updates", "buffer_size"), 10**9)
 
 
 def check(args: Args) -> None:
@@ -906,6 +906,9 @@ def check(args: Args) -> None:
     whole = with_defaults(args)
     if args.num_traces * args.recall_updates * whole.trace_length > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}")
+    rows = args.backtracking_updates * args.backtracking_batch_size
+    if rows > 10**8:
+        fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
     if whole.num_envs * whole.num_steps > 10**7:
         fail(f"--num-envs times --num-steps must be at most {10**7}, got {whole.num_envs} times {whole.num_steps}")
     try:

@@ -685,7 +685,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 AT_MOST = {"gamma": 1, "tau": 1, "top_fraction": 1, "seed": 2**63 - 1, "torch_threads": 1024, "num_envs": 1024}
 AT_MOST |= dict.fromkeys(("num_traces", "batch_size", "backtracking_batch_size", "hidden", "recall_updates"), 10**5)
-AT_MOST |= {"recall_tuples": 10**7, "buffer_size": 10**9, "backtracking_updates": 10**5}
+AT_MOST |= {"recall_tuples": 10**7, "buffer_size": 10**9, "backtracking_updates": 10**9}
 AT_MOST |= dict.fromkeys(("updates_per_step", "trace_length", "eval_episodes"), 1000)
 
 
@@ -705,7 +705,7 @@ def check(args: Args) -> None:
     if args.recall != "none" and steps > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}, got {steps}")
     rows = args.backtracking_updates * args.backtracking_batch_size
-    if args.recall == "learned" and rows > 10**8:
+    if args.recall != "none" and rows > 10**8:
         fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
     try:
         torch.zeros(1, device=args.device, dtype=torch.float64).cpu()

@@ -889,7 +889,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "top_fraction": 1, "recall_until": 1, "seed": 2**63 - 1, "num_envs": 1024}
 AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size", "hidden"), 10**5)
-AT_MOST |= dict.fromkeys(("recall_updates", "buffer_size", "top_trajectories"), 10**9)
+AT_MOST |= dict.fromkeys(("recall_updates", "backtracking_updates", "buffer_size", "top_trajectories"), 10**9)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
 
 
@@ -906,6 +906,9 @@ def check(args: Args) -> None:
     steps = args.num_traces * args.recall_updates * (args.trace_length or 1)
     if args.recall != "none" and steps > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}, got {steps}")
+    rows = args.backtracking_updates * args.backtracking_batch_size
+    if args.recall != "none" and rows > 10**8:
+        fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):
