@@ -22,8 +22,8 @@ there; the policy imitates these recall traces. This file is all there is.
     python recall_sac.py --recall none                        # plain soft actor-critic
     python recall_sac.py --evaluate RUN_DIR                   # play the trained agent
 
-A run of 100 000 steps takes ten to forty minutes on one core. On HalfCheetah and Hopper recall traces gain a little, but
-those of an untrained model no less: see docs/recall_sac.md.
+A run of 100 000 steps takes ten to forty minutes on one core. On HalfCheetah and Hopper recall traces gain a little,
+but those of an untrained model no less: see docs/recall_sac.md.
 """
 
 import json
