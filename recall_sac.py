@@ -1008,7 +1008,7 @@ def main(args: Args) -> None:
                         shape = args.backtracking_updates, args.backtracking_batch_size
                         for rows in as_tensor(rng.integers(len(values), size=shape), args.device):
                             losses |= update_backtracking_model(model, backtracking_optimizer, tuples, rows)
-                    # Alg. 1, lines 10 and 11: recall traces from the most valuable states, each update from some of all
+                    # Alg. 1, lines 10 and 11: recall traces from the most valuable states, in random order
                     chosen = rng.permutation(args.num_traces * args.recall_updates) % len(values)
                     losses["recall/start_value"] = values[chosen].mean()
                     starts = tuples.next_states[chosen]

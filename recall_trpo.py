@@ -205,8 +205,8 @@ class Actor(nn.Module):
         mean, log_std = self(states)
         std = log_std.exp()
         inside = -(0.5 * ((actions - mean) / std) ** 2 + log_std + 0.5 * math.log(2 * math.pi))
-        above, below = torch.special.log_ndtr((mean - 1) / std), torch.special.log_ndtr((-1 - mean) / std)
-        return torch.where(actions >= 1, above, torch.where(actions <= -1, below, inside)).sum(-1)
+        beyond = torch.special.log_ndtr((actions.sign() * mean - 1) / std)
+        return torch.where(actions.abs() < 1, inside, beyond).sum(-1)
 
 
 class Critic(nn.Module):
