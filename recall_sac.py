@@ -239,9 +239,9 @@ class BacktrackingModel(nn.Module):
         """Takes the statistics of these tuples."""
         changes = tuples.states - tuples.next_states
         for name, values in (("state", tuples.next_states), ("action", tuples.actions), ("change", changes)):
-            std = values.std(0)
+            std, unchanged = values.std(0), 1e-6 if name == "change" else 1  # what never changes stays so in traces
             getattr(self, f"{name}_mean").copy_(values.mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1))  # 1 for what never changes
+            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, unchanged))
 
     def predict_action(self, next_states: torch.Tensor) -> torch.Tensor:
         """Mean of q(a_t | s_{t+1}), normalised, (B, A); its variance is 1."""

@@ -248,9 +248,9 @@ class BacktrackingModel(nn.Module):
         """Takes the statistics of these tuples."""
         changes = tuples.states - tuples.next_states
         for name, values in (("state", tuples.next_states), ("action", tuples.actions), ("change", changes)):
-            std = values.std(0)
+            std, unchanged = values.std(0), 1e-6 if name == "change" else 1  # what never changes stays so in traces
             getattr(self, f"{name}_mean").copy_(values.mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1))  # 1 for what never changes
+            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, unchanged))
 
     def predict_action(self, next_states: torch.Tensor) -> torch.Tensor:
         """Mean of q(a_t | s_{t+1}), normalised, (B, A); its variance is 1."""
@@ -295,9 +295,9 @@ class ForwardModel(nn.Module):
     def normalise_by(self, tuples: "Tuples") -> None:
         """Takes the statistics of these tuples."""
         for name, values in (("state", tuples.states), ("action", tuples.actions), ("outcome", self.outcomes(tuples))):
-            std = values.std(0)
+            std, unchanged = values.std(0), 1e-6 if name == "outcome" else 1  # what never changes stays so when imagined
             getattr(self, f"{name}_mean").copy_(values.mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1))
+            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, unchanged))
 
     @staticmethod
     def outcomes(tuples: "Tuples") -> torch.Tensor:

@@ -536,14 +536,15 @@ def test_the_learned_variance_is_bounded(output):
     assert -5.01 <= float(log_std.min()) <= float(log_std.max()) <= 1.01
 
 
-def test_what_never_changes_is_no_trouble():
+@pytest.mark.parametrize("value", [0.0, 7.3])
+def test_what_never_changes_stays_as_it_is_in_traces(value):
     batch = random_batch(50)
     states, next_states = batch.states.clone(), batch.next_states.clone()
-    states[:, 0], next_states[:, 0] = 0.0, 0.0  # as the contact forces of an ant in the air
+    states[:, 0], next_states[:, 0] = value, value  # as some of the contact forces of an ant
     model = fitted(states, batch.actions, next_states)
     assert all(part.isfinite().all() for part in model.log_prob(states, batch.actions, next_states))
     traces = script.recall_traces(model, next_states, 5, Args(), np.random.default_rng(0))
-    assert traces[0].isfinite().all()
+    torch.testing.assert_close(traces[0][..., 0], torch.full((5, 50), value), rtol=0, atol=1e-4)
 
 
 def test_one_update_is_a_step_along_the_gradient_of_the_log_likelihood():

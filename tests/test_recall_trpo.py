@@ -468,6 +468,17 @@ def test_architecture_is_that_of_appendix_c():
         assert all(isinstance(layer, activation) for layer in predictor if not isinstance(layer, nn.Linear))
 
 
+def test_what_never_changes_stays_as_it_is_when_imagined():
+    tuples = random_tuples(50)
+    tuples.states[:, 0] = tuples.next_states[:, 0] = tuples.rewards[:] = 7.3
+    model, forward = fitted(tuples), fitted(tuples, ForwardModel)
+    traces = script.recall_traces(model, tuples.next_states, 5, Args(), np.random.default_rng(0))
+    next_states, rewards = forward.sample(tuples.states, tuples.actions, randn(50, STATE_DIM + 1, seed=9))
+    for imagined in (*traces[0][..., 0], next_states[:, 0], rewards):
+        torch.testing.assert_close(imagined, torch.full((50,), 7.3), rtol=0, atol=1e-4)
+    assert next_states.std(0)[1:].min() > 0.1 < traces[0].std((0, 1))[1:].min()
+
+
 def test_one_update_is_a_step_along_the_gradient_of_the_log_likelihood():
     """Eq. (2), and the forward model's likelihood"""
     tuples, rows = random_tuples(), torch.tensor([3, 3, 17, 40])
