@@ -554,7 +554,7 @@ def check(args: Args) -> None:
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):
-        fail(f"--device {args.device} is not available here, --device cpu is")
+        fail(f"--device {args.device} is not available here, a new run can have --device cpu")
 
 
 def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:

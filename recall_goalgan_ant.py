@@ -20,11 +20,11 @@ too easy nor too hard; a backtracking model imagines what may lead to them, and 
 This file and the mazes in envs are all there is.
 
     python recall_goalgan_ant.py --env-id PointUMaze-v0       # a point mass in the maze
-    python recall_goalgan_ant.py --capture-video              # the ant, at the scale of the paper
+    python recall_goalgan_ant.py --capture-video              # the ant, with the paper's batch
     python recall_goalgan_ant.py --recall none                # Goal GAN alone
     python recall_goalgan_ant.py --evaluate RUN_DIR           # measure coverage, play the trained agent
 
-The gain from recall traces is small and uncertain here, for the ant there is none: see docs/recall_goalgan_ant.md.
+The gain from recall traces is small and uncertain here, for the ant none was seen: see docs/recall_goalgan_ant.md.
 """
 
 import json
@@ -102,7 +102,7 @@ class Args:
     hidden: int = 64
     """units in each of the two hidden layers of actor and critic"""
     learn_std: bool | None = None
-    """whether the policy's standard deviation is learned or stays 1; if not given, learned but in PointUMaze-v0"""
+    """whether the policy's standard deviation is learned or stays 1; if not given, learned, except in PointUMaze-v0"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.98
@@ -654,8 +654,8 @@ def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: Traj
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
     Of twice as many goals these are the half nearer to goals that have been reached; others may lie in walls. D turns a
-    goal into a state that has just reached it, as far off as the trajectory with the nearest goal ended from that one:
-    an ant in a pose of `poses`, or a point with the last velocity of that trajectory.
+    goal into a state that has just reached it, at the offset at which the trajectory with the nearest goal ended
+    from its own: an ant in a pose of `poses`, or a point with the last velocity of that trajectory.
     """
     goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
     reached = np.stack([tuples.goals[-1] for tuples in buffer.trajectories])
@@ -914,7 +914,7 @@ def check(args: Args) -> None:
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):
-        fail(f"--device {args.device} is not available here, --device cpu is")
+        fail(f"--device {args.device} is not available here, a new run can have --device cpu")
     if args.capture_video:
         try:
             envs = make_envs(args, 1)

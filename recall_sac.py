@@ -710,7 +710,7 @@ def check(args: Args) -> None:
     try:
         torch.zeros(1, device=args.device, dtype=torch.float64).cpu()
     except (RuntimeError, AssertionError, TypeError):
-        fail(f"--device {args.device} is not available here with numbers of double precision, --device cpu is")
+        fail(f"--device {args.device} is not available here in double precision, a new run can have --device cpu")
     env = make_env(args)
     try:
         shapes = *env.observation_space.shape, *env.action_space.shape

@@ -120,13 +120,13 @@ class Args:
     num_traces: int = 64
     """N, recall traces per imitation update"""
     trace_length: int | None = None
-    """longest trace in steps; if not given, 10 for Hopper, 50 for Ant and Humanoid and 20 for all others (Table 1)"""
+    """longest trace in steps; if not given, 10 for Hopper, 50 for Ant and Humanoid and 20 for others (Tables 1, 2)"""
     recall_every: int = 2
     """iterations per recall phase (App. C: 5)"""
     recall_updates: int = 5
     """imitation updates per recall phase, each with new traces"""
     recall_until: float = 0.1
-    """share of the training after which no more traces are imitated"""
+    """share of --total-timesteps after which no more traces are imitated"""
     buffer_size: int = 50_000
     """environment steps whose trajectories the buffer holds, the newest"""
     top_trajectories: int = 20
@@ -295,7 +295,7 @@ class ForwardModel(nn.Module):
     def normalise_by(self, tuples: "Tuples") -> None:
         """Takes the statistics of these tuples."""
         for name, values in (("state", tuples.states), ("action", tuples.actions), ("outcome", self.outcomes(tuples))):
-            std, unchanged = values.std(0), 1e-6 if name == "outcome" else 1  # what never changes stays so when imagined
+            std, unchanged = values.std(0), 1e-6 if name == "outcome" else 1  # what never changes stays so
             getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, unchanged))
 
@@ -912,7 +912,7 @@ def check(args: Args) -> None:
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):
-        fail(f"--device {args.device} is not available here, --device cpu is")
+        fail(f"--device {args.device} is not available here, a new run can have --device cpu")
     env = make_env(args)
     if args.num_envs * args.num_steps * env.observation_space.shape[0] > 10**8:
         fail(f"--num-envs times --num-steps must leave a rollout in memory, got {args.num_envs} times {args.num_steps}")
