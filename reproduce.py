@@ -969,6 +969,11 @@ CLAIMS = (
 )
 
 
+def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> float:
+    """How often one of `a` is larger than one of `b`; equal ones count half (Agarwal et al., 2021)."""
+    return float((a[:, None] > b).mean() + (a[:, None] == b).mean() / 2)
+
+
 def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
     """What came out, the seeds, and the verdict."""
     settings = [curves[command] for command in claim.settings]
@@ -989,6 +994,7 @@ def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
         means = " / ".join(f"{m:,.0f}" if m >= 1000 else f"{m:.4g}" for m in map(interquartile_mean, samples))
         ours = f"{claim.statistic}: {means}; {claim.number} {number(*samples):.2f}"
         ours += f" [{low:.2f}, {high:.2f}]" if min(len(setting.seeds) for setting in settings) > 2 else ""
+        ours += f"; P = {probability_of_improvement(*samples):.2f}" if len(samples) == 2 else ""
     verdict = "holds" if low > above else "the reverse holds" if high < above else "not shown"
     if claim.number != "difference" and claim.formula is not None and min(map(interquartile_mean, samples)) <= 0:
         verdict = "no ratio: a mean is not positive"
@@ -1018,7 +1024,8 @@ def write_verdicts(results_dir: Path) -> None:
         "means over the seeds (a quarter, rounded down, is left out on both sides) with its 95 % bootstrap interval: a",
         "claim *holds* if the whole interval is above 1, *the reverse holds* if it is below, and in between it is *not",
         "shown*. Shares of success are compared by their difference, which has to be above 0, and failing seeds are",
-        "counted and tested. Not all claims are the paper's: some are put to more tasks than it shows.",
+        "counted and tested. *P*, the probability of improvement, is the share of pairs of seeds, one of each setting, in",
+        "which the claim is true. Not all claims are the paper's: some are put to more tasks than it shows.",
         "",
         "*Steps to success*: environment steps to the first evaluation with a success rate of 0.9, the whole budget if",
         "there is none. *Success at the end*: mean success rate of the last tenth of all evaluations; a seed *fails*",

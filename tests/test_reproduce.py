@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tyro
 from PIL import Image
+from scipy.stats import mannwhitneyu
 
 import reproduce
 from reproduce import FIGURES, Args, Curves
@@ -223,8 +224,14 @@ def test_seeds_of_another_version_may_have_other_tags():
 
 
 def test_few_seeds_have_no_interval():
-    assert judge(solved_at(8, 9), solved_at(2, 3))[0].endswith("ratio 3.40")
-    assert judge(solved_at(8, 9, 9), solved_at(2, 3, 3))[0].endswith("]")
+    assert judge(solved_at(8, 9), solved_at(2, 3))[0].endswith("ratio 3.40; P = 1.00")
+    assert judge(solved_at(8, 9, 9), solved_at(2, 3, 3))[0].endswith("]; P = 1.00")
+
+
+def test_the_probability_of_improvement_is_the_mann_whitney_statistic():
+    a, b = np.array([3.0, 1.0, 7.0, 5.0, 5.0]), np.array([2.0, 5.0, 4.0])
+    assert reproduce.probability_of_improvement(a, b) == pytest.approx(mannwhitneyu(a, b).statistic / 15)
+    assert "; P = 0.19" in judge(solved_at(2, 9), solved_at(8, 9, 10, 10))[0]
 
 
 def test_claims_are_judged_by_the_same_runs_of_other_figures_and_those_without_any_are_listed(tmp_path):
