@@ -270,6 +270,19 @@ def test_traces_are_compared_with_what_really_led_to_the_goals():
         assert np.array_equal(real, trajectory.states[::-1][:length])
 
 
+def test_what_never_changes_stays_as_it_is_in_traces():
+    buffer = TrajectoryBuffer(10**6, 4)
+    for rollout, _ in rollouts(30, goals=((0.301, 0.0), (0.0, 0.302))):
+        buffer.add(rollout)
+    tuples = script.successful_tuples(buffer, "cpu")
+    tuples.states[:, 0] = tuples.next_states[:, 0] = 7.3
+    model = BacktrackingModel(4, 2)
+    model.normalise_by(tuples)
+    states, *_ = script.recall_traces(model, tuples.next_states, 5, Args(trace_limit=100.0), np.random.default_rng(0))
+    torch.testing.assert_close(states[..., 0], torch.full(states.shape[:2], 7.3), rtol=0, atol=1e-4)
+    assert states.std((0, 1))[1:].min() > 1e-3
+
+
 def test_sizes_are_those_of_the_paper():
     ant, point = (script.with_defaults(Args(env_id=name)) for name in ("AntUMaze-v0", "PointUMaze-v0"))
     assert (ant.num_envs * ant.num_steps, ant.inner_iterations, ant.trace_length) == (100_000, 5, 50)
