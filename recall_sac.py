@@ -78,7 +78,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of torch"""
     compile: bool = False
-    """compile the soft actor-critic update with torch.compile, on a GPU with CUDA graphs; no gain on a CPU"""
+    """compile the soft actor-critic update, on a GPU launched as a CUDA graph, as acting is; no gain on a CPU"""
 
     # environment
     env_id: str = "HalfCheetah-v5"
@@ -348,15 +348,13 @@ class ReplayBuffer:
         rows = written[self.acted[written] & (self.held_out(written) == held_out)]
         return rng.choice(rows, min(count, len(rows)), replace=False)
 
-    def later(self, rows: np.ndarray, steps: int) -> np.ndarray:
+    def later(self, rows: np.ndarray | torch.Tensor, steps: int) -> np.ndarray | torch.Tensor:
         """The rows so many steps later, or earlier if negative."""
         return (rows + steps * len(self.time)) % len(self.acted)
 
-    def at(self, rows: np.ndarray) -> Batch:
-        device = self.columns["states"].device
-        rows, next_rows = as_tensor(rows, device), as_tensor(self.later(rows, 1), device)
+    def at(self, rows: torch.Tensor) -> Batch:
         columns = [column.index_select(0, rows) for column in self.columns.values()]
-        return Batch(*columns, self.columns["states"].index_select(0, next_rows))
+        return Batch(*columns, self.columns["states"].index_select(0, self.later(rows, 1)))
 
     def state_dict(self) -> dict:
         """Without a copy: a slice made by numpy has a storage of its own size, which is all that torch.save writes."""
@@ -424,10 +422,10 @@ class Episodes:
 
 
 @torch.no_grad()
-def act(actor: Actor, states: np.ndarray, noise: torch.Tensor | None, device: str) -> np.ndarray:
+def act(actor: Actor, states: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """Actions (B, A) in states (B, S): sampled with noise (B, A), or the greedy ones without."""
-    mean, log_std = actor(as_tensor(states, device))
-    return (mean if noise is None else mean + log_std.exp() * noise).tanh().cpu().numpy()
+    mean, log_std = actor(states)
+    return (mean if noise is None else mean + log_std.exp() * noise).tanh()
 
 
 def update_actor_critic(actor, critic, target_critic, log_temperature, optimizer, batch: Batch, noise, args: Args):
@@ -457,6 +455,34 @@ def update_actor_critic(actor, critic, target_critic, log_temperature, optimizer
     return {f"losses/{name}": loss.detach() for name, loss in (losses | {"temperature": temperature}).items()}
 
 
+class CudaGraph:
+    """Calls of `function` on a GPU without the time that Python takes: its kernels are recorded, then launched at once.
+
+    It takes tensors, of the same shapes in every call. What it returns is overwritten by the next call.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        self.calls += 1
+        if self.calls <= 3:  # what is allocated or compiled once must not be recorded
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.calls == 4:
+            self.inputs = [x.clone() for x in inputs]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for recorded, x in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(x)
+        self.graph.replay()
+        return self.outputs
+
+
 # ------------------------------------------------------------------------------------------------------ recall traces
 
 
@@ -472,7 +498,7 @@ def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, args: 
     Without those with a terminal next state: it has no value, and no recall trace can start there.
     """
     rows = buffer.draw_distinct_rows(args.recall_tuples, rng, held_out)
-    batch = buffer.at(rows)
+    batch = buffer.at(as_tensor(rows, args.device))
     values = torch.cat([state_values(actor, critic, part) for part in batch.next_states.split(1000)])  # fits a cache
     values, best = values.masked_fill(batch.terminated.bool(), -torch.inf).sort(descending=True, stable=True)
     count = min(max(1, round(args.top_fraction * len(rows))), int(values.isfinite().sum()))
@@ -560,6 +586,7 @@ def compare_traces(model: BacktrackingModel, buffer: ReplayBuffer, actor, critic
     rows = rng.permutation(rows)[:256]
     rows = np.stack([buffer.later(rows, -steps) for steps in range(length)])
     known = as_tensor(np.logical_and.accumulate(buffer.acted[rows] & buffer.held_out(rows)), args.device)
+    rows = as_tensor(rows, args.device)
     starts, real = buffer.at(rows[0]).next_states, buffer.at(rows.ravel()).states.unflatten(0, rows.shape)
     return Comparison(starts, real, known, *recall_traces(model, starts, length, args, rng))
 
@@ -579,7 +606,7 @@ def play(envs: list[gym.Env], actor: Actor, args: Args) -> tuple[np.ndarray, np.
     states = np.stack([env.reset(seed=args.seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
     returns, lengths, going = np.zeros(len(envs)), np.zeros(len(envs), dtype=int), list(range(len(envs)))
     while going:
-        actions, still_going = act(actor, states[going], None, args.device), []
+        actions, still_going = act(actor, as_tensor(states[going], args.device), None).cpu().numpy(), []
         for i, action in zip(going, actions, strict=True):
             states[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += reward
@@ -648,7 +675,8 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
             frames[-1].thumbnail((240, 240))
         if done:
             break
-        state, _, terminated, truncated, _ = env.step(act(actor, state[None].astype(np.float32), None, args.device)[0])
+        action = act(actor, as_tensor(state.astype(np.float32), args.device), None).cpu().numpy()
+        state, _, terminated, truncated, _ = env.step(action)
         done = terminated or truncated
     env.close()
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 * every / fps, loop=0)
@@ -859,7 +887,8 @@ def main(args: Args) -> None:
         torch.tensor(1.0 if args.temperature is None else args.temperature, device=args.device).log()
     )
     weights = [*actor.parameters(), *critic.parameters(), log_temperature]
-    optimizer = torch.optim.Adam(weights, lr=args.learning_rate, fused=True)
+    recorded = args.compile and args.device.startswith("cuda")  # as CUDA graphs
+    optimizer = torch.optim.Adam(weights, lr=args.learning_rate, fused=True, capturable=recorded)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, state_dim, action_dim, args.device)
     for i, state in enumerate(episodes.states):
         buffer.add_state(i, state)
@@ -955,9 +984,17 @@ def main(args: Args) -> None:
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, actor)
 
-    update = update_actor_critic
+    def choose(states: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return act(actor, states, noise)
+
+    def update(rows: torch.Tensor, noises: torch.Tensor) -> dict[str, torch.Tensor]:
+        networks = actor, critic, target_critic, log_temperature
+        return update_actor_critic(*networks, optimizer, buffer.at(rows), noises, args)
+
     if args.compile:
-        update = torch.compile(update, mode="reduce-overhead" if args.device.startswith("cuda") else None)
+        update = torch.compile(update)
+    if recorded:
+        choose, update = CudaGraph(choose), CudaGraph(update)
     first_step, started = step, time.time()
     whole_steps = -(-args.total_timesteps // args.num_envs) * args.num_envs
     progress = tqdm(total=whole_steps, initial=step, unit=" steps", disable=None)
@@ -973,7 +1010,7 @@ def main(args: Args) -> None:
 
             # Alg. 1, line 4: execute the policy
             noise = normal(rngs["rollout"], (args.num_envs, action_dim), args.device)
-            actions = act(actor, episodes.states, noise, args.device)
+            actions = choose(as_tensor(episodes.states, args.device), noise).cpu().numpy()
             if step < args.learning_starts:
                 actions = rngs["rollout"].uniform(-1, 1, actions.shape).astype(np.float32)
             # Alg. 1, line 5: add what it did to B
@@ -990,9 +1027,9 @@ def main(args: Args) -> None:
             steps_before, steps_now = (max(0, n - args.learning_starts) for n in (step - args.num_envs, step))
             for n in range(int(steps_before * args.updates_per_step), int(steps_now * args.updates_per_step)):
                 # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
-                batch = buffer.at(buffer.draw_rows(args.batch_size, rngs["update"]))
+                rows = as_tensor(buffer.draw_rows(args.batch_size, rngs["update"]), args.device)
                 noises = normal(rngs["update"], (2, args.batch_size, action_dim), args.device)
-                losses |= update(actor, critic, target_critic, log_temperature, optimizer, batch, noises, args)
+                losses |= update(rows, noises)
                 if args.recall == "none":
                     continue
 

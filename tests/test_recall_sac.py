@@ -268,7 +268,7 @@ def test_replay_buffer_holds_the_true_newest_transitions(num_envs, size, steps):
     episodes = Episodes([Line() for _ in range(num_envs)], seed=1)
     buffer = ReplayBuffer(size, num_envs, 3, 2, "cpu")
     true = play_into(buffer, episodes, steps)
-    held = rows_of(buffer.at(np.flatnonzero(buffer.acted)))
+    held = rows_of(buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted))))
     known = {row.tobytes(): n for n, row in enumerate(true)}
     found = sorted(known[row.tobytes()] for row in held)
     assert len(found) == len(set(found))
@@ -276,7 +276,7 @@ def test_replay_buffer_holds_the_true_newest_transitions(num_envs, size, steps):
         mine = [n // num_envs for n in found if n % num_envs == i]
         assert mine == list(range(steps - len(mine), steps))
         assert len(mine) == steps or len(mine) > 0.7 * size / num_envs  # the last states of episodes take rows too
-    drawn = rows_of(buffer.at(buffer.draw_rows(500, np.random.default_rng(0))))
+    drawn = rows_of(buffer.at(torch.from_numpy(buffer.draw_rows(500, np.random.default_rng(0)))))
     assert {row.tobytes() for row in drawn} <= {row.tobytes() for row in held}
 
 
@@ -308,7 +308,7 @@ def test_distinct_rows_are_drawn_uniformly_among_those_held_out_or_not(held_out)
 def test_a_time_limit_is_no_terminal_state():
     episodes, buffer = Episodes([Line()], seed=1), ReplayBuffer(1000, 1, 3, 2, "cpu")
     play_into(buffer, episodes, 300)
-    batch = buffer.at(np.flatnonzero(buffer.acted))
+    batch = buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted)))
     outside = batch.next_states[:, :2].abs().amax(-1) > 1
     assert torch.equal(batch.terminated.bool(), outside)
     assert (batch.next_states[:, 2] == 7).any() and outside.any()
@@ -338,7 +338,7 @@ def test_a_saved_buffer_goes_on_where_it_was(size, tmp_path):
     play(other, others, 5)
     rows = [b.draw_rows(300, np.random.default_rng(3)) for b in (buffer, other)]
     assert np.array_equal(*rows)
-    assert np.array_equal(rows_of(buffer.at(rows[0])), rows_of(other.at(rows[1])))
+    assert np.array_equal(rows_of(buffer.at(torch.from_numpy(rows[0]))), rows_of(other.at(torch.from_numpy(rows[1]))))
 
 
 def test_a_saved_buffer_is_as_small_as_what_it_holds(tmp_path):
@@ -648,12 +648,12 @@ def test_start_states_are_the_most_valuable_and_never_terminal():
     actor, critic = networks(state_dim=3, action_dim=2)
     args, rng = Args(recall_tuples=400, top_fraction=0.25), np.random.default_rng(0)
     tuples, values, rows = script.high_value_states(buffer, actor, critic, args, rng, held_out=False)
-    drawn = buffer.at(buffer.draw_distinct_rows(400, np.random.default_rng(0), held_out=False))
+    drawn = buffer.at(torch.from_numpy(buffer.draw_distinct_rows(400, np.random.default_rng(0), held_out=False)))
     value = critic(drawn.next_states, actor(drawn.next_states)[0].tanh()).min(0)[0]
     best = sorted(value[drawn.terminated == 0].tolist(), reverse=True)[:100]
     assert values.tolist() == pytest.approx(best)
     torch.testing.assert_close(script.state_values(actor, critic, tuples.next_states), values)
-    assert np.array_equal(rows_of(buffer.at(rows)), rows_of(tuples))
+    assert np.array_equal(rows_of(buffer.at(torch.from_numpy(rows))), rows_of(tuples))
     assert not tuples.terminated.any() and drawn.terminated.any()
     everything = Args(recall_tuples=400, top_fraction=1.0)
     tuples, values, _ = script.high_value_states(buffer, actor, critic, everything, rng, held_out=False)
@@ -690,7 +690,10 @@ def test_where_no_trace_stayed_inside_the_data_the_policy_stands_still():
 def test_traces_are_compared_with_what_really_led_to_their_high_value_states():
     episodes, buffer = Episodes([Line(limit=40, speed=0.03)], seed=1), ReplayBuffer(5000, 1, 3, 2, "cpu")
     play_into(buffer, episodes, 2000)
-    (actor, critic), batch = networks(state_dim=3, action_dim=2), buffer.at(np.flatnonzero(buffer.acted))
+    (actor, critic), batch = (
+        networks(state_dim=3, action_dim=2),
+        buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted))),
+    )
     model = fitted(batch.states, batch.actions, batch.next_states)
     args = Args(top_fraction=1.0, trace_limit=1.5)
     compared = script.compare_traces(model, buffer, actor, critic, 6, args, np.random.default_rng(0))
@@ -770,7 +773,7 @@ def test_what_the_training_loop_remembers_learns_from_and_recalls(tmp_path, monk
     monkeypatch.setattr(script, "high_value_states", recorded_tuples)
     monkeypatch.setattr(script, "update_backtracking_model", recorded_fit)
     monkeypatch.setattr(script, "recall_traces", recorded_traces)
-    monkeypatch.setattr(script, "act", lambda actor, states, *_: np.full((len(states), 2), 0.5, np.float32))
+    monkeypatch.setattr(script, "act", lambda actor, states, noise: torch.full((len(states), 2), 0.5))
     small = {"env_id": "Line-v0", "hidden": 8, "batch_size": 8, "learning_starts": 300, "eval_every": 10_000}
     small |= {"num_envs": 2, "eval_episodes": 1, "recall_every": 50, "num_traces": 5, "recall_updates": 4}
     script.main(Args(run_dir=tmp_path / "run", total_timesteps=600, backtracking_updates=8, **small))
@@ -778,7 +781,7 @@ def test_what_the_training_loop_remembers_learns_from_and_recalls(tmp_path, monk
 
     buffer, saved = ReplayBuffer(1_000_000, 2, 3, 2, "cpu"), torch.load(tmp_path / "run" / "checkpoint.pt")["buffer"]
     buffer.load_state_dict(saved)
-    held = rows_of(buffer.at(np.flatnonzero(buffer.acted)))
+    held = rows_of(buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted))))
     assert sorted(row.tobytes() for row in held) == sorted(row.tobytes() for row in happened)
     actions = np.stack(happened)[:, 3:5]
     assert (actions[:300] != 0.5).all() and (actions[300:] == 0.5).all()  # random ones, then the policy's
