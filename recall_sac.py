@@ -22,8 +22,8 @@ there; the policy imitates these recall traces. This file is all there is.
     python recall_sac.py --recall none                        # plain soft actor-critic
     python recall_sac.py --evaluate RUN_DIR                   # play the trained agent
 
-A run of 100 000 steps takes ten to forty minutes on one core. On HalfCheetah and Hopper recall traces gain a little,
-but those of an untrained model no less: see docs/recall_sac.md.
+A run of 100 000 steps takes ten to forty minutes on one core. On HalfCheetah and Hopper recall traces may gain a
+little, but those of an untrained model no less: see docs/recall_sac.md.
 """
 
 import json
@@ -78,7 +78,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of torch"""
     compile: bool = False
-    """compile the soft actor-critic update, on a GPU launched as a CUDA graph, as acting is; no gain on a CPU"""
+    """compile the soft actor-critic update; on a GPU it and acting become CUDA graphs; no gain on a CPU"""
 
     # environment
     env_id: str = "HalfCheetah-v5"
@@ -456,9 +456,10 @@ def update_actor_critic(actor, critic, target_critic, log_temperature, optimizer
 
 
 class CudaGraph:
-    """Calls of `function` on a GPU without the time that Python takes: its kernels are recorded, then launched at once.
+    """A function on a GPU without the time that Python takes: recorded once, its kernels are launched by a single call.
 
-    It takes tensors, of the same shapes in every call. What it returns is overwritten by the next call.
+    It takes tensors, of the same shapes in every call, and what it returns is overwritten by the next. What else it
+    reads or writes (weights, the optimizer's state, the replay buffer) must stay where it is, and numbers as they are.
     """
 
     def __init__(self, function):
@@ -467,7 +468,7 @@ class CudaGraph:
 
     def __call__(self, *inputs: torch.Tensor):
         self.calls += 1
-        if self.calls <= 3:  # what is allocated or compiled once must not be recorded
+        if self.calls <= 3:  # plain ones, in which it is compiled and the optimizer's state is made
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 outputs = self.function(*inputs)
@@ -475,7 +476,7 @@ class CudaGraph:
             return outputs
         if self.calls == 4:
             self.inputs = [x.clone() for x in inputs]
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records, and computes nothing
                 self.outputs = self.function(*self.inputs)
         for recorded, x in zip(self.inputs, inputs, strict=True):
             recorded.copy_(x)
@@ -888,6 +889,8 @@ def main(args: Args) -> None:
     )
     weights = [*actor.parameters(), *critic.parameters(), log_temperature]
     recorded = args.compile and args.device.startswith("cuda")  # as CUDA graphs
+    if recorded and ":" in args.device:
+        torch.cuda.set_device(args.device)  # where they are recorded
     optimizer = torch.optim.Adam(weights, lr=args.learning_rate, fused=True, capturable=recorded)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, state_dim, action_dim, args.device)
     for i, state in enumerate(episodes.states):
@@ -984,6 +987,7 @@ def main(args: Args) -> None:
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, actor)
 
+    # acting and updating as functions of nothing but tensors, which can be recorded
     def choose(states: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return act(actor, states, noise)
 
@@ -1010,9 +1014,10 @@ def main(args: Args) -> None:
 
             # Alg. 1, line 4: execute the policy
             noise = normal(rngs["rollout"], (args.num_envs, action_dim), args.device)
-            actions = choose(as_tensor(episodes.states, args.device), noise).cpu().numpy()
             if step < args.learning_starts:
-                actions = rngs["rollout"].uniform(-1, 1, actions.shape).astype(np.float32)
+                actions = rngs["rollout"].uniform(-1, 1, noise.shape).astype(np.float32)
+            else:
+                actions = choose(as_tensor(episodes.states, args.device), noise).cpu().numpy()
             # Alg. 1, line 5: add what it did to B
             for i, action in enumerate(actions):
                 next_state, reward, terminated, truncated = episodes.step(i, action)
@@ -1027,9 +1032,9 @@ def main(args: Args) -> None:
             steps_before, steps_now = (max(0, n - args.learning_starts) for n in (step - args.num_envs, step))
             for n in range(int(steps_before * args.updates_per_step), int(steps_now * args.updates_per_step)):
                 # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
-                rows = as_tensor(buffer.draw_rows(args.batch_size, rngs["update"]), args.device)
+                drawn = as_tensor(buffer.draw_rows(args.batch_size, rngs["update"]), args.device)
                 noises = normal(rngs["update"], (2, args.batch_size, action_dim), args.device)
-                losses |= update(rows, noises)
+                losses |= update(drawn, noises)
                 if args.recall == "none":
                     continue
 

@@ -925,7 +925,7 @@ CLAIMS = (
     *on_tasks("fig15", "SAC: a learned backtracking model is better than a random one", (SAC_LEARNED, SAC_RANDOM)),
     *on_tasks("fig16", "TRPO: a backtracking model is better than a forward model", (TRPO_LEARNED, TRPO_FORWARD)),
     *on_tasks("fig16", "TRPO: a learned backtracking model is better than a random one", (TRPO_LEARNED, TRPO_RANDOM)),
-    *on_tasks("fig16", "TRPO: a forward model is no better than none", (TRPO_NONE, TRPO_FORWARD)),
+    *on_tasks("fig16", "TRPO: no model is better than a forward model", (TRPO_NONE, TRPO_FORWARD)),
     *in_rooms(
         "fig17",
         "Rarer recall, 10 : 1 instead of 1 : 1, needs more steps",
