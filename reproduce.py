@@ -995,7 +995,8 @@ def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
 
         (low, high), above = interval(*samples, statistic=number), claim.above
         means = " / ".join(f"{m:,.0f}" if m >= 1000 else f"{m:.4g}" for m in map(interquartile_mean, samples))
-        ours = f"{claim.statistic}: {means}; {claim.number} {number(*samples):.2f}"
+        values = f"{claim.statistic}: {means}; " if len(samples) == 2 else f"{claim.statistic}; "
+        ours = f"{values}{claim.number} {number(*samples):.2f}"
         ours += f" [{low:.2f}, {high:.2f}]" if min(len(setting.seeds) for setting in settings) > 2 else ""
         ours += f"; P = {probability_of_improvement(*samples):.2f}" if len(samples) == 2 else ""
     verdict = "holds" if low > above else "the reverse holds" if high < above else "not shown"
