@@ -923,6 +923,7 @@ CLAIMS = (
     *in_rooms("fig14", "Learned backward actions need fewer steps than random ones", (15,), RANDOM, RECALL),
     *in_rooms("fig14", "Learned backward actions succeed more often in the end", (15,), RECALL, RANDOM, **AT_THE_END),
     *on_tasks("fig15", "SAC: a learned backtracking model is better than a random one", (SAC_LEARNED, SAC_RANDOM)),
+    *on_tasks("fig15", "SAC: traces of a random backtracking model are better than none", (SAC_RANDOM, SAC_NONE)),
     *on_tasks("fig16", "TRPO: a backtracking model is better than a forward model", (TRPO_LEARNED, TRPO_FORWARD)),
     *on_tasks("fig16", "TRPO: a learned backtracking model is better than a random one", (TRPO_LEARNED, TRPO_RANDOM)),
     *on_tasks("fig16", "TRPO: no model is better than a forward model", (TRPO_NONE, TRPO_FORWARD)),

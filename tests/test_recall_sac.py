@@ -690,10 +690,8 @@ def test_where_no_trace_stayed_inside_the_data_the_policy_stands_still():
 def test_traces_are_compared_with_what_really_led_to_their_high_value_states():
     episodes, buffer = Episodes([Line(limit=40, speed=0.03)], seed=1), ReplayBuffer(5000, 1, 3, 2, "cpu")
     play_into(buffer, episodes, 2000)
-    (actor, critic), batch = (
-        networks(state_dim=3, action_dim=2),
-        buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted))),
-    )
+    actor, critic = networks(state_dim=3, action_dim=2)
+    batch = buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted)))
     model = fitted(batch.states, batch.actions, batch.next_states)
     args = Args(top_fraction=1.0, trace_limit=1.5)
     compared = script.compare_traces(model, buffer, actor, critic, 6, args, np.random.default_rng(0))

@@ -21,6 +21,7 @@ import tyro
 from PIL import Image
 from scipy.stats import mannwhitneyu
 
+import recall_trpo
 import reproduce
 from reproduce import FIGURES, Args, Curves
 
@@ -282,6 +283,16 @@ def test_runs_have_folders_of_their_own():
         for s in ("smoke", "laptop")
     ]
     assert len({run.folder for run in runs}) == len({run.command for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("name", reproduce.TASKS)
+def test_the_default_is_one_of_the_trace_lengths_of_figure_8(name):
+    (panel,) = reproduce.trace_lengths(name)
+    length = recall_trpo.default_trace_length(name)
+    assert panel.runs[f"{length} steps"] == f"{reproduce.TRPO_LEARNED} --env-id {name}"
+    others = {label: command for label, command in panel.runs.items() if "--trace-length" in command}
+    assert all(f"--trace-length {label.split()[0]} " in command for label, command in others.items())
+    assert {int(label.split()[0]) for label in others} == {5, 10, 20, 50} - {length}
 
 
 def test_no_two_settings_of_a_panel_have_the_same_colour():
