@@ -154,8 +154,8 @@ class Args:
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
     recall_every: int = 1
-    """outer iterations per recall phase"""
-    recall_updates: int = 10
+    """outer iterations per recall phase, which follows the first inner iteration of one of them"""
+    recall_updates: int = 20
     """imitation updates per recall phase, each with new traces"""
     buffer_size: int = 100_000
     """steps that the buffer holds, of successful trajectories only, the newest"""
@@ -167,7 +167,7 @@ class Args:
     """step size of Adam for the backtracking model (beta in Alg. 1)"""
     imitation_lr: float = 1e-3
     """step size of Adam for the imitation of traces"""
-    imitation_kl: float = 0.01
+    imitation_kl: float = 0.02
     """largest mean KL divergence between the policies before and after a recall phase"""
     action_noise: float = 1.0
     """standard deviation of imagined actions as a share of the model's own"""
@@ -1182,10 +1182,7 @@ def main(args: Args) -> None:
             progress.update(batch)
             if args.recall != "none":
                 buffer.add(rollout)  # Alg. 1, line 5
-            if step % outer_batch:
-                continue
-
-            if args.goals == "gan":  # which goals are of intermediate difficulty now?
+            if args.goals == "gan" and step % outer_batch == 0:  # which goals are of intermediate difficulty now?
                 rates = successes(envs, actor, goals, args.label_rollouts, rngs["labels"]).mean(0)
                 labels = (rates > args.least_success) & (rates < args.most_success)
                 losses |= update_goal_gan(gan, gan_optimizers, goals, labels, args, rngs["goals"])
@@ -1194,7 +1191,8 @@ def main(args: Args) -> None:
                 visited = visited[np.isfinite(visited).all(-1)]  # a simulation may break
                 replay.add(np.concatenate((goals[labels], rngs["goals"].permutation(visited)[:10_000])))
 
-            if args.recall == "none" or step // outer_batch % args.recall_every:
+            # Recall follows the first inner iteration on new goals, so that the others mend what imitation breaks.
+            if args.recall == "none" or (step - batch) % (outer_batch * args.recall_every):
                 continue
             tuples, rng = successful_tuples(buffer, args.device), rngs["recall"]  # Alg. 1, line 8
             if tuples is None or len(tuples.times) < 2:

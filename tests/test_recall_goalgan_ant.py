@@ -299,3 +299,19 @@ def test_the_standard_deviation_is_learned_only_where_told(learn_std, tmp_path):
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert "recall/imitation_loss" in checkpoint["losses"] and checkpoint["losses"]["losses/kl"] > 0
     assert torch.equal(checkpoint["actor"]["log_std"], torch.zeros(2)) == (not learn_std)
+
+
+@pytest.mark.parametrize(
+    "inner_iterations, recall_every, expected", [(3, 1, [1, 4, 7, 10]), (3, 2, [1, 7]), (1, 2, [1, 3])]
+)
+def test_recall_follows_the_first_inner_iteration(inner_iterations, recall_every, expected, tmp_path, monkeypatch):
+    sizes = {"num_envs": 10, "num_steps": 20, "max_steps": 20, "inner_iterations": inner_iterations}
+    sizes |= {"num_goals": 20, "label_rollouts": 1, "gan_updates": 1, "eval_episodes": 1, "eval_every": 10**6}
+    sizes["recall_every"] = recall_every
+    updates, phases = [], []
+    update = script.update_trpo
+    monkeypatch.setattr(script, "update_trpo", lambda *args: updates.append(1) or update(*args))
+    monkeypatch.setattr(script, "successful_tuples", lambda *args, **kwargs: phases.append(len(updates)))
+    args = Args(env_id="PointUMaze-v0", run_dir=tmp_path / "run", total_timesteps=4 * inner_iterations * 200, **sizes)
+    script.main(args)
+    assert phases == expected
