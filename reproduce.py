@@ -269,7 +269,8 @@ FIGURES = {
             *mazes(("AntUMaze-v0",), "pictures", "pictures/coverage"),
             *mazes(("AntUMaze-v0",), "curves", "eval/coverage"),
         ),
-        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's.",
+        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's. Recall traces of before "
+        "7e244a2, imitated after the last inner iteration.",
         seeds=3,
     ),
     "fig6": PaperFigure(
@@ -315,13 +316,15 @@ FIGURES = {
             *heat_maps("AntUMaze-v0", 1_250_000, 5_000_000, 10_000_000),
             *mazes(("AntUMaze-v0",), "curves", "eval/coverage"),
         ),
-        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's.",
+        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's. Recall traces of before "
+        "7e244a2, imitated after the last inner iteration.",
         seeds=3,
     ),
     "fig13": PaperFigure(
         "App. D",
         "U-mazes: coverage curves",
         mazes(("PointUMaze-v0", "AntUMaze-v0"), "curves", "eval/coverage"),
+        note="The ant's recall traces are those of Figure 12, of before 7e244a2.",
         seeds=3,
     ),
     "fig14": PaperFigure(
@@ -368,7 +371,8 @@ FIGURES = {
         "ours",
         "Goal GAN: points in boxes of 2 to 6 dimensions",
         POINT_MASSES,
-        note="Section 6.3 names this task; its figures show mazes. At 4d474de the critic clipped extreme returns.",
+        note="Section 6.3 names this task; its figures show mazes. At 4d474de the critic clipped extreme returns. "
+        "Recall traces of before 7e244a2, imitated after the last inner iteration.",
         seeds=3,
     ),
     "step-size": PaperFigure(
