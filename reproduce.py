@@ -268,8 +268,7 @@ FIGURES = {
             *tasks(("AntUMaze-v0",), GOALS, *COVERAGE_MAPS),
             *tasks(("AntUMaze-v0",), GOALS, *COVERAGE_CURVES),
         ),
-        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's. Recall traces of before "
-        "7e244a2, imitated after the last inner iteration.",
+        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's.",
         seeds=3,
     ),
     "fig6": PaperFigure(
@@ -315,15 +314,13 @@ FIGURES = {
             *heat_maps("AntUMaze-v0", 1_250_000, 5_000_000, 10_000_000),
             *tasks(("AntUMaze-v0",), GOALS, *COVERAGE_CURVES),
         ),
-        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's. Recall traces of before "
-        "7e244a2, imitated after the last inner iteration.",
+        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's.",
         seeds=3,
     ),
     "fig13": PaperFigure(
         "App. D",
         "U-mazes: coverage curves",
         tasks(("PointUMaze-v0", "AntUMaze-v0"), GOALS, *COVERAGE_CURVES),
-        note="The ant's recall traces are those of Figure 12, of before 7e244a2.",
         seeds=3,
     ),
     "fig14": PaperFigure(
