@@ -244,8 +244,8 @@ def test_claims_are_judged_by_the_same_runs_of_other_figures_and_those_without_a
     text = (tmp_path / "README.md").read_text()
     table, not_run = text.split("\nNot run yet:\n")
     judged = [line.split(" | ")[:2] for line in table.splitlines() if "PointUMaze-v0" in line]
-    assert [figure for figure, _ in judged] == ["| [fig11](#fig11)"] * 2 + ["| fig13, from [fig11](#fig11)"]
-    assert judged[0][1] == judged[2][1] == "Goal GAN: recall traces raise coverage faster (PointUMaze-v0)"
+    assert [figure for figure, _ in judged] == ["| [fig11](#fig11)"] * 3 + ["| fig13, from [fig11](#fig11)"]
+    assert judged[0][1] == judged[3][1] == "Goal GAN: recall traces raise coverage faster (PointUMaze-v0)"
     assert "- fig13: Goal GAN: recall traces raise coverage faster (AntUMaze-v0, mean of 2 tasks)\n" in not_run
     assert "- fig8: " in not_run and "fig11:" not in not_run
 
