@@ -439,7 +439,9 @@ class TrajectoryBuffer:
         """The tuples of an episode. No trace may start in a terminal state: its value is -inf."""
         values = episode.rewards.copy()
         if self.start_states == "return":
-            values[-1] = 0.0
+            # What a time limit cuts off: for as many steps again, it is taken to give what the episode gave on average.
+            goes_on = (self.gamma ** np.arange(len(values))).sum()
+            values[-1] = 0.0 if episode.terminated[-1] else goes_on * episode.rewards.mean()
             for t in reversed(range(len(values) - 1)):
                 values[t] = episode.rewards[t + 1] + self.gamma * values[t + 1]
         values[episode.terminated] = -np.inf

@@ -376,7 +376,8 @@ def test_the_buffer_holds_the_newest_whole_trajectories_with_the_values_of_their
             assert np.array_equal(column, expected)
         assert tuples.times.tolist() == [*range(len(episode))]
         for t in range(len(episode)):
-            later = sum(0.9**k * reward for k, reward in enumerate(rewards[t + 1 :]))
+            to_come = [*rewards[t + 1 :]] + [rewards.mean()] * (0 if terminated[-1] else len(rewards))
+            later = sum(0.9**k * reward for k, reward in enumerate(to_come))
             value = later if start_states == "return" else rewards[t]
             assert tuples.values[t] == pytest.approx(-math.inf if terminated[t] else value, rel=1e-4, abs=1e-5)
 
