@@ -7,6 +7,7 @@
 #     "mujoco==4.0.0",
 #     "numpy==2.4.6",
 #     "pillow==13.0.0",
+#     "scipy==1.17.1",
 #     "tensorboard==2.21.0",
 #     "torch==2.13.0",
 #     "tqdm==4.70.1",
@@ -47,6 +48,7 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.spatial import KDTree
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -149,8 +151,8 @@ class Args:
     # recall traces
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int = 64
-    """N, recall traces per imitation update"""
+    num_traces: int | None = None
+    """N, recall traces per imitation update; if not given, 64 for the ant and 640 for the others"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
     recall_every: int = 1
@@ -654,15 +656,17 @@ def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: Traj
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
     Of twice as many goals these are the half nearer to goals that have been reached; others may lie in walls. D turns a
-    goal into a state that has just reached it, at the offset at which the trajectory with the nearest goal ended
-    from its own: an ant in a pose of `poses`, or a point with the last velocity of that trajectory.
+    goal into a state that has just reached it, at the offset at which the trajectory with the nearest goal (the newest,
+    if several had that one) ended from its own: an ant in a pose of `poses`, or a point with that trajectory's last
+    velocity.
     """
     goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
-    reached = np.stack([tuples.goals[-1] for tuples in buffer.trajectories])
-    ends = np.stack([tuples.next_states[-1] for tuples in buffer.trajectories])
-    distances = ((reached - goals[:, None]) ** 2).sum(-1)
-    chosen = rng.permutation(distances.min(-1).argsort(stable=True)[:count])
-    goals, nearest = goals[chosen], distances[chosen].argmin(-1)
+    newest_first = buffer.trajectories[::-1]
+    reached, newest = np.unique([tuples.goals[-1] for tuples in newest_first], axis=0, return_index=True)
+    ends = np.stack([newest_first[i].next_states[-1] for i in newest])
+    distances, nearest = KDTree(reached).query(goals)
+    chosen = rng.permutation(distances.argsort(stable=True)[:count])
+    goals, nearest = goals[chosen], nearest[chosen]
     places = goals + (ends[:, envs.places] - reached)[nearest]
     if args.env_id == "AntUMaze-v0":  # Alg. 2, line 3
         states = envs.decode(places, poses[rng.integers(len(poses), size=count)])
@@ -872,6 +876,7 @@ def with_defaults(args: Args) -> Args:
         args,
         num_envs=num_envs,
         num_steps=num_steps,
+        num_traces=args.num_traces or (64 if ant else 640),
         trace_length=args.trace_length or (50 if ant else 20),
         learn_std=args.env_id != "PointUMaze-v0" if args.learn_std is None else args.learn_std,
         total_timesteps=args.total_timesteps or 40 * args.inner_iterations * batch,
@@ -904,7 +909,7 @@ def check(args: Args) -> None:
     if args.contact_forces and args.env_id != "AntUMaze-v0":
         fail(f"--contact-forces is for AntUMaze-v0, {args.env_id} has none")
     whole = with_defaults(args)
-    if args.num_traces * args.recall_updates * whole.trace_length > 10**7:
+    if whole.num_traces * args.recall_updates * whole.trace_length > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}")
     rows = args.backtracking_updates * args.backtracking_batch_size
     if rows > 10**8:
