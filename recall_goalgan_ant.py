@@ -484,7 +484,7 @@ def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, 
 
 
 def kl_divergence(mean, log_std, new_mean, new_log_std) -> torch.Tensor:
-    """KL divergence of the new from the old Gaussian policy, the mean over all states, ()."""
+    """KL(old || new) of two Gaussian policies, the mean over all states, ()."""
     old_var, new_var = (2 * log_std).exp(), (2 * new_log_std).exp()
     return (new_log_std - log_std + (old_var + (mean - new_mean) ** 2) / (2 * new_var) - 0.5).sum(-1).mean()
 
@@ -886,7 +886,8 @@ def with_defaults(args: Args) -> Args:
 
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "least_success": 1, "most_success": 1, "seed": 2**63 - 1, "env_threads": 1024}
-AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size", "hidden"), 10**5)
+AT_MOST |= {"hidden": 10**4}
+AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size"), 10**5)
 AT_MOST |= dict.fromkeys(("num_goals", "num_replayed_goals", "gan_batch_size", "label_rollouts", "num_envs"), 10**5)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
 AT_MOST |= dict.fromkeys(("recall_updates", "backtracking_updates", "buffer_size"), 10**9)
@@ -914,8 +915,9 @@ def check(args: Args) -> None:
     rows = args.backtracking_updates * args.backtracking_batch_size
     if rows > 10**8:
         fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
-    if whole.num_envs * whole.num_steps > 10**7:
-        fail(f"--num-envs times --num-steps must be at most {10**7}, got {whole.num_envs} times {whole.num_steps}")
+    if not 2 <= whole.num_envs * whole.num_steps <= 10**7:
+        given = f"{whole.num_envs} times {whole.num_steps}"
+        fail(f"--num-envs times --num-steps must be from 2 to {10**7}, got {given}")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError):

@@ -666,7 +666,7 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
     if isinstance(env.unwrapped, MujocoEnv):  # the camera that follows the agent; -1, the free one, if there is none
         camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         env.unwrapped.mujoco_renderer.camera_id = camera
-    fps = env.metadata["render_fps"]
+    fps = env.metadata.get("render_fps", 25)
     every = max(1, round(fps / 25))
     state, _ = env.reset(seed=args.seed)
     frames, done = [], False
@@ -713,8 +713,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 AT_MOST = {"gamma": 1, "tau": 1, "top_fraction": 1, "seed": 2**63 - 1, "torch_threads": 1024, "num_envs": 1024}
-AT_MOST |= dict.fromkeys(("num_traces", "batch_size", "backtracking_batch_size", "hidden", "recall_updates"), 10**5)
-AT_MOST |= {"recall_tuples": 10**7, "buffer_size": 10**9, "backtracking_updates": 10**9}
+AT_MOST |= dict.fromkeys(("num_traces", "batch_size", "backtracking_batch_size", "recall_updates"), 10**5)
+AT_MOST |= {"hidden": 10**4, "recall_tuples": 10**7, "buffer_size": 10**9, "backtracking_updates": 10**9}
 AT_MOST |= dict.fromkeys(("updates_per_step", "trace_length", "eval_episodes"), 1000)
 
 
@@ -730,7 +730,7 @@ def check(args: Args) -> None:
         fail("--temperature must be greater than 0, got 0.0")
     if args.buffer_size < 10 * args.num_envs:
         fail(f"--buffer-size must be at least 10 for each of {args.num_envs} environments, got {args.buffer_size}")
-    steps = args.num_traces * args.recall_updates * (args.trace_length or 1)
+    steps = args.num_traces * args.recall_updates * args.trace_length
     if args.recall != "none" and steps > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}, got {steps}")
     rows = args.backtracking_updates * args.backtracking_batch_size

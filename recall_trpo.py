@@ -517,7 +517,7 @@ def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, 
 
 
 def kl_divergence(mean, log_std, new_mean, new_log_std) -> torch.Tensor:
-    """KL divergence of the new from the old Gaussian policy, the mean over all states, ()."""
+    """KL(old || new) of two Gaussian policies, the mean over all states, ()."""
     old_var, new_var = (2 * log_std).exp(), (2 * new_log_std).exp()
     return (new_log_std - log_std + (old_var + (mean - new_mean) ** 2) / (2 * new_var) - 0.5).sum(-1).mean()
 
@@ -738,7 +738,7 @@ def imitate(actor: Actor, optimizer, traces: list, states: torch.Tensor, args: A
 
 
 def default_trace_length(env_id: str) -> int:
-    """Table 1."""
+    """Tables 1 and 2."""
     return 10 if env_id.startswith("Hopper") else 50 if env_id.startswith(("Ant", "Humanoid")) else 20
 
 
@@ -761,7 +761,7 @@ def compare_traces(model: BacktrackingModel, buffer: TrajectoryBuffer, length: i
         return None
     tuples = Tuples(*map(np.concatenate, zip(*held_out, strict=True)))
     best = np.argsort(-tuples.values, kind="stable")[: max(1, round(args.top_fraction * len(tuples.values)))]
-    ends = rng.permutation(best)[:256]
+    ends = rng.permutation(best[np.isfinite(tuples.values[best])])[:256]
     steps = np.arange(length)[:, None]
     known = as_tensor(tuples.times[ends] >= steps, args.device)
     real = as_tensor(tuples.states[np.maximum(ends - steps, 0)], args.device)
@@ -844,7 +844,7 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
     if isinstance(env.unwrapped, MujocoEnv):  # the camera that follows the agent; -1, the free one, if there is none
         camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         env.unwrapped.mujoco_renderer.camera_id = camera
-    fps = env.metadata["render_fps"]
+    fps = env.metadata.get("render_fps", 25)
     every = max(1, round(fps / 25))
     state, _ = env.reset(seed=args.seed)
     frames, done, policy = [], False, greedy_policy(actor)
@@ -890,7 +890,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "top_fraction": 1, "recall_until": 1, "seed": 2**63 - 1, "num_envs": 1024}
-AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size", "hidden"), 10**5)
+AT_MOST |= {"hidden": 10**4}
+AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size"), 10**5)
 AT_MOST |= dict.fromkeys(("recall_updates", "backtracking_updates", "buffer_size", "top_trajectories"), 10**9)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
 
@@ -905,7 +906,7 @@ def check(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
     if args.max_kl == 0:
         fail("--max-kl must be greater than 0, got 0.0")
-    steps = args.num_traces * args.recall_updates * (args.trace_length or 1)
+    steps = args.num_traces * args.recall_updates * args.trace_length
     if args.recall != "none" and steps > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}, got {steps}")
     rows = args.backtracking_updates * args.backtracking_batch_size
@@ -916,6 +917,8 @@ def check(args: Args) -> None:
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not available here, a new run can have --device cpu")
     env = make_env(args)
+    if args.num_envs * args.num_steps < 2:
+        fail("--num-envs times --num-steps must be at least 2, got 1")
     if args.num_envs * args.num_steps * env.observation_space.shape[0] > 10**8:
         fail(f"--num-envs times --num-steps must leave a rollout in memory, got {args.num_envs} times {args.num_steps}")
     if args.capture_video:
@@ -1154,8 +1157,6 @@ def main(args: Args) -> None:
             write_video(args.run_dir / "agent.gif", args, actor)
 
     batch, first_step, started = args.num_envs * args.num_steps, step, time.time()
-    if args.recall != "none" and args.recall_until * args.total_timesteps < args.recall_every * batch:
-        print(f"no recall phase, --recall-until {args.recall_until} ends before the first one", file=sys.stderr)
     whole_batches = -(-args.total_timesteps // batch) * batch
     progress = tqdm(total=whole_batches, initial=step, unit=" steps", disable=None)
     with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
@@ -1185,6 +1186,9 @@ def main(args: Args) -> None:
                 if "recall/start_value" in losses:  # the last traces, and no more of their losses
                     write_traces()
                     losses = {name: loss for name, loss in losses.items() if not name.startswith("recall/")}
+                elif step - batch <= args.recall_until * args.total_timesteps:
+                    why = f"--recall-until {args.recall_until} is over before an episode has ended or --recall-every is due"
+                    print(f"no recall phase: {why}", file=sys.stderr)
                 continue
             if step // batch % args.recall_every:
                 continue

@@ -117,7 +117,7 @@ SCRIPTS = {
             "env_id": "Reacher-v5",
             "hidden": 16,
             "num_envs": 4,
-            "num_steps": 25,
+            "num_steps": 20,  # which are not all of an episode: runs are resumed in the middle of one
             "cg_iterations": 3,
             "critic_epochs": 1,
             "recall_every": 2,

@@ -45,7 +45,7 @@ def rollouts(count, num_steps=30, num_envs=6, goals=((0.1, 0.1), (0.35, 0.0), (4
 
 SAME = ["mlp", "Normaliser", "Actor", "Critic", "generalized_advantages", "kl_divergence"]
 SAME += ["fisher_matrix", "conjugate_gradients", "update_actor", "update_critic", "update_trpo"]
-SAME += ["update_backtracking_model", "recall_traces", "trace_errors", "draw_traces"]
+SAME += ["BacktrackingModel", "update_backtracking_model", "recall_traces", "trace_errors", "draw_traces"]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -321,3 +321,58 @@ def test_recall_follows_the_first_inner_iteration(inner_iterations, recall_every
     args = Args(env_id="PointUMaze-v0", run_dir=tmp_path / "run", total_timesteps=4 * inner_iterations * 200, **sizes)
     script.main(args)
     assert phases == expected
+
+
+def test_goals_labels_and_traces_go_where_they_belong(tmp_path, monkeypatch):
+    """Goals stay for an outer iteration; the GAN learns their labels, the replay keeps the intermediate ones, and no
+    step at its goal is imitated."""
+    calls = []
+
+    def spy(name, owner=script):
+        function = getattr(owner, name)
+
+        def spied(*args, **kwargs):
+            result = function(*args, **kwargs)
+            calls.append((name, args, copy.deepcopy(result)))  # main changes in place which steps are in a trace
+            return result
+
+        monkeypatch.setattr(owner, name, spied)
+
+    for name in ("collect_rollout", "successes", "update_goal_gan", "recall_traces", "outside", "imitate"):
+        spy(name)
+    spy("add", GoalReplay)
+    sizes = {"num_envs": 20, "num_steps": 60, "max_steps": 20, "inner_iterations": 2, "total_timesteps": 4 * 2 * 1200}
+    sizes |= {"num_goals": 20, "label_rollouts": 3, "gan_updates": 10, "eval_episodes": 1, "eval_every": 10**6}
+    sizes |= {"trace_limit": 1e6, "num_traces": 8, "recall_updates": 2, "backtracking_updates": 20}
+    script.main(Args(env_id="PointUMaze-v0", run_dir=tmp_path / "run", **sizes))
+
+    _, (_, _, visited, labels, *_), _ = next(call for call in calls if call[0] == "update_goal_gan")
+    assert (np.abs(visited) < 1).all() and (labels == 1).all()  # where the agent is by itself
+    goals = [args[2] for name, args, _ in calls if name == "collect_rollout"][1:]
+    assert len(goals) == 8
+    assert all(np.array_equal(*goals[i : i + 2]) for i in range(0, 8, 2))
+    assert not any(np.array_equal(*goals[i : i + 2]) for i in range(1, 7, 2))
+
+    names, intermediate = [name for name, *_ in calls], 0
+    for i in [i for i, name in enumerate(names) if name == "add"]:
+        assert names[i - 2 : i] == ["successes", "update_goal_gan"]
+        (_, tried, rates), (_, learned, _), (_, added, _) = calls[i - 2 : i + 1]
+        rates = rates.mean(0)
+        assert rates.shape == (len(tried[2]),)
+        assert np.array_equal(learned[2], tried[2]) and np.array_equal(learned[3], (rates > 0.1) & (rates < 0.9))
+        kept = tried[2][(rates > 0.1) & (rates < 0.9)]
+        assert np.array_equal(added[1][: len(kept)], kept) and len(added[1]) > len(kept)
+        intermediate += len(kept)
+    assert intermediate > 0
+
+    phases = [i for i, name in enumerate(names) if name == "imitate"]
+    assert len(phases) >= 2
+    for i in phases:
+        (_, _, (states, actions, in_trace)), (_, (_, goals, _), far), (_, imitated, _) = calls[i - 2 : i + 1]
+        assert 0 < (in_trace & far).sum() < in_trace.sum()
+        for part, (pairs, their_actions) in enumerate(imitated[2]):
+            some = slice(8 * part, 8 * part + 8)
+            mask = (in_trace & far)[:, some]
+            relabelled = goals[some].expand(len(states), 8, 2)
+            assert torch.equal(pairs, torch.cat((states[:, some], relabelled), dim=-1)[mask])
+            assert torch.equal(their_actions, actions[:, some][mask])

@@ -306,6 +306,27 @@ def test_an_iteration_bootstraps_from_the_last_state_of_a_truncated_episode():
     np.testing.assert_allclose(seen[0].numpy(), expected.ravel(), rtol=1e-4, atol=1e-4)
 
 
+def test_the_actor_gets_each_step_with_its_own_advantage():
+    """Normalised; losses/explained_variance is of the values before the update."""
+    (actor, critic), (rollout, _) = networks(), rollouts(1)[0]
+    values, next_values = (
+        critic(torch.from_numpy(states)).detach().numpy() for states in (rollout.states, rollout.next_states)
+    )
+    seen, args = [], Args(critic_epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update_actor", lambda *a: seen.append(a[1:4]) or {})
+        patch.setattr(script, "update_critic", lambda *a: {})
+        losses = script.update_trpo(actor, critic, None, rollout, args, None)
+    (states, actions, advantages) = seen[0]
+    assert np.array_equal(states, rollout.states.reshape(-1, STATE_DIM))
+    assert np.array_equal(actions, rollout.actions.reshape(-1, ACTION_DIM))
+    expected = script.generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
+    scaled = (expected - expected.mean()) / expected.std(ddof=1)
+    np.testing.assert_allclose(advantages.numpy(), scaled.ravel(), rtol=1e-3, atol=1e-4)
+    explained = 1 - expected.var() / (expected + values).var()
+    assert float(losses["losses/explained_variance"]) == pytest.approx(explained, rel=1e-3)
+
+
 def test_the_critic_learns_the_returns():
     _, critic = networks(hidden=32)
     states = randn(500, STATE_DIM)
@@ -694,5 +715,7 @@ def test_what_recall_logs_ends_with_it(tmp_path, capsys):
     assert [event.step for event in events.Images("pictures/traces")] == [1000]
     assert [event.step for event in events.Scalars("losses/kl")] == [*range(200, 1601, 200)]
     script.main(Args(run_dir=tmp_path / "short", recall_until=0.1, **small))
-    assert "no recall phase, --recall-until 0.1 ends before" in capsys.readouterr().err
+    assert "no recall phase: --recall-until 0.1 is over before" in capsys.readouterr().err
+    script.main(Args(run_dir=tmp_path / "no_episode", recall_every=1, **small | {"num_steps": 8, "total_timesteps": 800}))
+    assert "no recall phase: --recall-until 0.1 is over before" in capsys.readouterr().err
     torch.use_deterministic_algorithms(False)
