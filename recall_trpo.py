@@ -1187,7 +1187,9 @@ def main(args: Args) -> None:
                     write_traces()
                     losses = {name: loss for name, loss in losses.items() if not name.startswith("recall/")}
                 elif step - batch <= args.recall_until * args.total_timesteps:
-                    why = f"--recall-until {args.recall_until} is over before an episode has ended or --recall-every is due"
+                    why = (
+                        f"--recall-until {args.recall_until} is over before --recall-every is due and an episode ended"
+                    )
                     print(f"no recall phase: {why}", file=sys.stderr)
                 continue
             if step // batch % args.recall_every:

@@ -716,6 +716,7 @@ def test_what_recall_logs_ends_with_it(tmp_path, capsys):
     assert [event.step for event in events.Scalars("losses/kl")] == [*range(200, 1601, 200)]
     script.main(Args(run_dir=tmp_path / "short", recall_until=0.1, **small))
     assert "no recall phase: --recall-until 0.1 is over before" in capsys.readouterr().err
-    script.main(Args(run_dir=tmp_path / "no_episode", recall_every=1, **small | {"num_steps": 8, "total_timesteps": 800}))
+    small |= {"num_steps": 8, "total_timesteps": 800, "recall_every": 1}  # in 80 steps no episode ends
+    script.main(Args(run_dir=tmp_path / "no_episode", recall_until=0.1, **small))
     assert "no recall phase: --recall-until 0.1 is over before" in capsys.readouterr().err
     torch.use_deterministic_algorithms(False)
