@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector
 import envs  # noqa: F401  registers the environments
 import recall_goalgan_ant as script
 import recall_trpo
-from envs.u_maze import PointUMazeVectorEnv
+from envs.u_maze import AntUMazeVectorEnv, PointUMazeVectorEnv
 from recall_goalgan_ant import Actor, Args, BacktrackingModel, GoalGAN, GoalReplay, Normaliser, TrajectoryBuffer
 
 torch.set_num_threads(1)
@@ -376,3 +376,22 @@ def test_goals_labels_and_traces_go_where_they_belong(tmp_path, monkeypatch):
             relabelled = goals[some].expand(len(states), 8, 2)
             assert torch.equal(pairs, torch.cat((states[:, some], relabelled), dim=-1)[mask])
             assert torch.equal(their_actions, actions[:, some][mask])
+
+
+@pytest.mark.parametrize("env_id", ["AntUMaze-v0", "PointUMaze-v0"])
+def test_a_run_in_a_maze_that_is_made_longer_equals_one_that_was_long_from_the_start(env_id, tmp_path, monkeypatch):
+    """What an ant's traces start from, its poses, is made anew, and alike."""
+    make_poses = AntUMazeVectorEnv.feasible_states
+    monkeypatch.setattr(AntUMazeVectorEnv, "feasible_states", lambda ants, count, rng: make_poses(ants, 5, rng))
+    sizes = {"env_id": env_id, "num_envs": 5, "num_steps": 30, "max_steps": 30, "inner_iterations": 2, "num_goals": 20}
+    sizes |= {"label_rollouts": 1, "gan_updates": 10, "eval_episodes": 1, "eval_every": 10**6, "backtracking_updates": 5}
+    sizes |= {"num_traces": 8, "recall_updates": 2, "trace_length": 40, "trace_limit": 1e6, "env_threads": 1}
+    script.main(Args(run_dir=tmp_path / "grown", total_timesteps=450, **sizes))
+    script.main(Args(resume=tmp_path / "grown", total_timesteps=900))
+    script.main(Args(run_dir=tmp_path / "long", total_timesteps=900, **sizes))
+    torch.use_deterministic_algorithms(False)
+    one, other = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("grown", "long"))
+    assert "recall/imitation_loss" in other["losses"]
+    for part in ("actor", "critic", "backtracking_model", "gan"):
+        assert all(torch.equal(one[part][name], weight) for name, weight in other[part].items())
+    assert one["losses"] == other["losses"] and one["rngs"] == other["rngs"]
