@@ -151,8 +151,8 @@ class Args:
     # recall traces
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int | None = None
-    """N, recall traces per imitation update; if not given, 64 for the ant and 640 for the others"""
+    num_traces: int = 64
+    """N, recall traces per imitation update"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
     recall_every: int = 1
@@ -656,14 +656,13 @@ def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: Traj
     """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
 
     Of twice as many goals these are the half nearer to goals that have been reached; others may lie in walls. D turns a
-    goal into a state that has just reached it, at the offset at which the trajectory with the nearest goal (the newest,
+    goal into a state that has just reached it, at the offset at which the trajectory with the nearest goal (the oldest,
     if several had that one) ended from its own: an ant in a pose of `poses`, or a point with that trajectory's last
     velocity.
     """
     goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
-    newest_first = buffer.trajectories[::-1]
-    reached, newest = np.unique([tuples.goals[-1] for tuples in newest_first], axis=0, return_index=True)
-    ends = np.stack([newest_first[i].next_states[-1] for i in newest])
+    reached, oldest = np.unique([tuples.goals[-1] for tuples in buffer.trajectories], axis=0, return_index=True)
+    ends = np.stack([buffer.trajectories[i].next_states[-1] for i in oldest])
     distances, nearest = KDTree(reached).query(goals)
     chosen = rng.permutation(distances.argsort(stable=True)[:count])
     goals, nearest = goals[chosen], nearest[chosen]
@@ -876,7 +875,6 @@ def with_defaults(args: Args) -> Args:
         args,
         num_envs=num_envs,
         num_steps=num_steps,
-        num_traces=args.num_traces or (64 if ant else 640),
         trace_length=args.trace_length or (50 if ant else 20),
         learn_std=args.env_id != "PointUMaze-v0" if args.learn_std is None else args.learn_std,
         total_timesteps=args.total_timesteps or 40 * args.inner_iterations * batch,
@@ -910,7 +908,7 @@ def check(args: Args) -> None:
     if args.contact_forces and args.env_id != "AntUMaze-v0":
         fail(f"--contact-forces is for AntUMaze-v0, {args.env_id} has none")
     whole = with_defaults(args)
-    if whole.num_traces * args.recall_updates * whole.trace_length > 10**7:
+    if args.num_traces * args.recall_updates * whole.trace_length > 10**7:
         fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}")
     rows = args.backtracking_updates * args.backtracking_batch_size
     if rows > 10**8:

@@ -192,9 +192,9 @@ def test_high_value_states_are_points_that_have_just_reached_generated_goals_as_
     args = Args(env_id="PointUMaze-v0")
     points = PointUMazeVectorEnv(1)
     states, goals = script.high_value_states(points, gan, None, buffer, 50, args, np.random.default_rng(0))
-    newest = {tuple(tuples.goals[-1]): tuples.next_states[-1] for tuples in buffer.trajectories}  # of each goal
-    assert len(newest) == len(made) > 10
-    their_goals, ends = np.array([*newest]), np.array([*newest.values()])
+    oldest = {tuple(tuples.goals[-1]): tuples.next_states[-1] for tuples in buffer.trajectories[::-1]}  # of each goal
+    assert len(oldest) == len(made) > 10
+    their_goals, ends = np.array([*oldest]), np.array([*oldest.values()])
     drawn = script.draw_goals(gan, 100, args, np.random.default_rng(0))
     distances = np.linalg.norm(their_goals - drawn[:, None], axis=-1).min(-1)
     nearer = drawn[distances < np.median(distances)].astype(np.float32)
@@ -384,7 +384,13 @@ def test_a_run_in_a_maze_that_is_made_longer_equals_one_that_was_long_from_the_s
     make_poses = AntUMazeVectorEnv.feasible_states
     monkeypatch.setattr(AntUMazeVectorEnv, "feasible_states", lambda ants, count, rng: make_poses(ants, 5, rng))
     sizes = {"env_id": env_id, "num_envs": 5, "num_steps": 30, "max_steps": 30, "inner_iterations": 2, "num_goals": 20}
-    sizes |= {"label_rollouts": 1, "gan_updates": 10, "eval_episodes": 1, "eval_every": 10**6, "backtracking_updates": 5}
+    sizes |= {
+        "label_rollouts": 1,
+        "gan_updates": 10,
+        "eval_episodes": 1,
+        "eval_every": 10**6,
+        "backtracking_updates": 5,
+    }
     sizes |= {"num_traces": 8, "recall_updates": 2, "trace_length": 40, "trace_limit": 1e6, "env_threads": 1}
     script.main(Args(run_dir=tmp_path / "grown", total_timesteps=450, **sizes))
     script.main(Args(resume=tmp_path / "grown", total_timesteps=900))
