@@ -762,6 +762,8 @@ def compare_traces(model: BacktrackingModel, buffer: TrajectoryBuffer, length: i
     tuples = Tuples(*map(np.concatenate, zip(*held_out, strict=True)))
     best = np.argsort(-tuples.values, kind="stable")[: max(1, round(args.top_fraction * len(tuples.values)))]
     ends = rng.permutation(best[np.isfinite(tuples.values[best])])[:256]
+    if len(ends) == 0:  # nothing but terminal states
+        return None
     steps = np.arange(length)[:, None]
     known = as_tensor(tuples.times[ends] >= steps, args.device)
     real = as_tensor(tuples.states[np.maximum(ends - steps, 0)], args.device)
@@ -1187,10 +1189,8 @@ def main(args: Args) -> None:
                     write_traces()
                     losses = {name: loss for name, loss in losses.items() if not name.startswith("recall/")}
                 elif step - batch <= args.recall_until * args.total_timesteps:
-                    why = (
-                        f"--recall-until {args.recall_until} is over before --recall-every is due and an episode ended"
-                    )
-                    print(f"no recall phase: {why}", file=sys.stderr)
+                    why = "too few iterations, or no episode ended,"
+                    print(f"no recall phase: {why} before --recall-until {args.recall_until}", file=sys.stderr)
                 continue
             if step // batch % args.recall_every:
                 continue

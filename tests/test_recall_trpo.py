@@ -317,7 +317,7 @@ def test_the_actor_gets_each_step_with_its_own_advantage():
         patch.setattr(script, "update_actor", lambda *a: seen.append(a[1:4]) or {})
         patch.setattr(script, "update_critic", lambda *a: {})
         losses = script.update_trpo(actor, critic, None, rollout, args, None)
-    (states, actions, advantages) = seen[0]
+    states, actions, advantages = seen[0]
     assert np.array_equal(states, rollout.states.reshape(-1, STATE_DIM))
     assert np.array_equal(actions, rollout.actions.reshape(-1, ACTION_DIM))
     expected = script.generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
@@ -715,8 +715,8 @@ def test_what_recall_logs_ends_with_it(tmp_path, capsys):
     assert [event.step for event in events.Images("pictures/traces")] == [1000]
     assert [event.step for event in events.Scalars("losses/kl")] == [*range(200, 1601, 200)]
     script.main(Args(run_dir=tmp_path / "short", recall_until=0.1, **small))
-    assert "no recall phase: --recall-until 0.1 is over before" in capsys.readouterr().err
+    assert "before --recall-until 0.1\n" in capsys.readouterr().err
     small |= {"num_steps": 8, "total_timesteps": 800, "recall_every": 1}  # in 80 steps no episode ends
     script.main(Args(run_dir=tmp_path / "no_episode", recall_until=0.1, **small))
-    assert "no recall phase: --recall-until 0.1 is over before" in capsys.readouterr().err
+    assert "before --recall-until 0.1\n" in capsys.readouterr().err
     torch.use_deterministic_algorithms(False)
