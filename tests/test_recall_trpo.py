@@ -609,6 +609,18 @@ def test_a_trace_ends_where_it_leaves_the_data_and_its_numbers_stay_finite(linea
     assert gone.any() and not (gone[:-1] & ~gone[1:]).any()
 
 
+def test_no_trace_from_a_terminal_state_is_compared():
+    buffer = TrajectoryBuffer(10**6, 2, "return", gamma=0.9)
+    for rollout, _ in rollouts(60):
+        buffer.add(rollout)
+    held_out = [tuples for _, held_out, tuples in buffer.trajectories if held_out]
+    assert any(np.isinf(tuples.values).any() for tuples in held_out)
+    model, rng = BacktrackingModel(STATE_DIM, ACTION_DIM), np.random.default_rng(0)
+    compared = script.compare_traces(model, buffer, 3, Args(top_fraction=1.0), rng)
+    assert len(compared.starts) == sum(np.isfinite(tuples.values).sum() for tuples in held_out)
+    assert (compared.starts[:, :2].abs() <= 1).all()  # beyond that, Line terminates
+
+
 @pytest.mark.parametrize(
     "env_id, length",
     [("Ant-v5", 50), ("Humanoid-v5", 50), ("HalfCheetah-v5", 20), ("Walker2d-v5", 20), ("Hopper-v5", 10)],
