@@ -169,8 +169,9 @@ class Args:
     """step size of Adam for the backtracking model (beta in Alg. 1)"""
     imitation_lr: float = 1e-3
     """step size of Adam for the imitation of traces"""
-    imitation_kl: float = 0.02
-    """largest mean KL divergence between the policies before and after a recall phase"""
+    imitation_kl: float | None = None
+    """largest mean KL divergence between the policies before and after a recall phase; if not given, 0.005 for the ant
+    and 0.02 for the points"""
     action_noise: float = 1.0
     """standard deviation of imagined actions as a share of the model's own"""
     state_noise: float = 0.5
@@ -876,6 +877,7 @@ def with_defaults(args: Args) -> Args:
         num_envs=num_envs,
         num_steps=num_steps,
         trace_length=args.trace_length or (50 if ant else 20),
+        imitation_kl=(0.005 if ant else 0.02) if args.imitation_kl is None else args.imitation_kl,
         learn_std=args.env_id != "PointUMaze-v0" if args.learn_std is None else args.learn_std,
         total_timesteps=args.total_timesteps or 40 * args.inner_iterations * batch,
         eval_every=args.eval_every or args.inner_iterations * batch,
