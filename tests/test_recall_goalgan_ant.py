@@ -289,11 +289,13 @@ def test_what_never_changes_stays_as_it_is_in_traces():
     assert states.std((0, 1))[1:].min() > 1e-3
 
 
-def test_sizes_are_those_of_the_paper():
+def test_sizes_and_other_defaults_of_each_environment():
     ant, point = (script.with_defaults(Args(env_id=name)) for name in ("AntUMaze-v0", "PointUMaze-v0"))
     assert (ant.num_envs * ant.num_steps, ant.inner_iterations, ant.trace_length) == (100_000, 5, 50)
     assert (point.num_envs * point.num_steps, point.inner_iterations, point.trace_length) == (20_000, 5, 20)
     assert ant.total_timesteps == 40 * 5 * 100_000
+    given = (script.with_defaults(Args(env_id=ant.env_id, imitation_kl=kl)).imitation_kl for kl in (0.0, 0.1))
+    assert (ant.imitation_kl, point.imitation_kl, *given) == (0.005, 0.02, 0.0, 0.1)
     assert math.isclose(script.make_envs(ant, 1).tolerance, 1.0) and script.make_envs(ant, 1).max_steps == 500
 
 
