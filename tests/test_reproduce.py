@@ -14,6 +14,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from scipy.stats import mannwhitneyu
 
 import recall_trpo
 import reproduce
-from reproduce import FIGURES, Args, Curves
+from reproduce import FIGURES, Args, Curves, Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,6 +191,10 @@ def test_nothing_is_said_of_few_or_missing_seeds():
     assert (seeds, verdict) == ("10, 9", "incomplete: not all seeds have finished")
     other = fast._replace(seeds=[*range(2, 12)])
     assert judge(slow, other)[2].startswith("incomplete")
+    four = (slow, fast, solved_at(*[8, 9] * 3), solved_at(*[2, 3] * 3))  # one maze may have more seeds than another
+    both = {"number": "ratio of both ratios", "formula": lambda a, b, c, d: (a / b) * (c / d)}
+    assert judge(*four, **both)[1:] == ("10, 6", "holds")
+    assert judge(*four[:3], fast, **both)[2].startswith("incomplete")
 
 
 def test_large_means_are_written_in_full():
@@ -471,7 +476,7 @@ def test_extend_keeps_what_there_is_and_runs_only_what_it_lacks(tmp_path, uninte
         assert len(rows) == 2 * len(data(uninterrupted).decode().splitlines()) - 1
         folder = tmp_path / "results" / "smoke" / "fig2"
         assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [4]
-        assert [line.count("--seed 2") for line in (folder / "commands.txt").read_text().splitlines()] == [0, 0, 1, 1]
+        assert [line.count("--seed 2") for line in (folder / "commands.txt").read_text().splitlines()] == [0, 1, 0, 1]
     folders = [path.parent for path in tmp_path.glob("runs/reproduce/*/*/args.json")]
     assert len(folders) == 2
     shutil.rmtree(tmp_path / "results")  # two runs again, one of them of another version: it is drawn in no way
@@ -488,6 +493,53 @@ def test_extend_keeps_what_there_is_and_runs_only_what_it_lacks(tmp_path, uninte
     assert {k: v for k, v in contents(tmp_path).items() if k.name != "driver.py"} == {
         k: v for k, v in before.items() if k.name != "driver.py"
     }
+
+
+def test_two_at_a_time_extend_a_figure_as_one_does(tmp_path, uninterrupted):
+    """Commands and origins are those of the rows of data.csv, however often and wherever it is called."""
+    steps = SMALL.replace("6000", "30000")
+    shutil.copytree(uninterrupted / "results", tmp_path / "results")
+    run(tmp_path, "--extend", "--seeds", "2", steps=steps)
+    once = contents(tmp_path / "results")
+    shutil.rmtree(tmp_path / "results")
+    shutil.copytree(uninterrupted / "results", tmp_path / "results")
+    others = [start(tmp_path, "--extend", "--seeds", "2", "--plot-only", steps=steps) for _ in range(3)]
+    for other in others:
+        _, errors = other.communicate(timeout=120)
+        assert (other.returncode, errors) == (0, "")
+    assert contents(tmp_path / "results") == once
+
+
+def test_a_figure_never_loses_a_run(tmp_path, uninterrupted):
+    steps = SMALL.replace("6000", "30000")
+    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
+    assert run(folder, "--seeds", "2", steps=steps)[0] == 0  # the same and more
+    before = contents(folder / "results")
+    for words, other in ((("--seeds", "1"), steps), (("--plot-only",), steps), (("--seeds", "2"), SMALL)):
+        status, _, errors = run(folder, *words, steps=other)
+        assert status == 2 and errors.count("\n") == 1
+        assert "--extend keeps them, or take more --seeds, another --scale or another --results-dir" in errors
+        assert contents(folder / "results") == before
+    assert run(folder, "--extend", "--seeds", "1", steps=steps)[0] == 0
+    assert contents(folder / "results") == before
+    (lost,) = folder.glob("runs/reproduce/*/recall=none*seed=2")
+    shutil.rmtree(lost)
+    status, _, errors = run(folder, "--seeds", "2", "--plot-only", steps=steps)
+    assert status == 1 and "was made of some of these and is left as it is" in errors
+    assert contents(folder / "results") == before
+
+
+@pytest.mark.parametrize(
+    "file, text", [("data.csv", ""), ("data.csv", "setting,seed,step\na,b"), ("origin.json", "[3]")]
+)
+def test_damaged_results_are_refused_before_anything_is_run(file, text, tmp_path, uninterrupted):
+    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
+    (folder / "results" / "smoke" / "fig2" / file).write_text(text)
+    before = contents(folder)
+    status, _, errors = run(folder, "--seeds", "3", steps=SMALL.replace("6000", "30000"))
+    assert status == 2 and errors.count("\n") == 1
+    assert errors.startswith("error: --results-dir: results/smoke/fig2 is damaged")
+    assert contents(folder) == before
 
 
 def test_commands_of_a_dry_run_give_the_same_figure(tmp_path, uninterrupted):
@@ -641,6 +693,21 @@ def test_slurm_without_submitit_is_refused(tmp_path, monkeypatch, capsys):
         reproduce.main(Args(engine="slurm"))
     assert exit.value.code == 2
     assert "pip install submitit" in capsys.readouterr().err
+
+
+def test_slurm_that_cannot_be_had_is_refused(tmp_path, monkeypatch, capsys):
+    """submitit looks for srun when the executor is made."""
+
+    class NoSlurm:
+        def __init__(self, *_, **__):
+            raise RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=NoSlurm))
+    monkeypatch.setitem(sys.modules, "submitit.helpers", SimpleNamespace(as_completed=None))
+    with pytest.raises(SystemExit) as exit:
+        reproduce.execute_on_slurm([Run(("recall_sac.py",), tmp_path / "runs" / "script" / "run")], 1)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --engine slurm: the jobs cannot be submitted: Could not detect")
 
 
 def test_plot_only_without_runs_writes_no_figure(tmp_path, monkeypatch, capsys):
