@@ -473,12 +473,16 @@ def check(args: Args) -> None:
         fail(f"--replay-batch-size must be at most {args.buffer_size}, the --buffer-size, got {args.replay_batch_size}")
     try:
         torch.zeros(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError):
+    except Exception:  # each kind of device has its own
         fail(f"--device {args.device} is not available here, a new run can have --device cpu")
 
 
-def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
-    """The arguments and the checkpoint (None before the first one) of the run in a folder."""
+def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
+    """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
+
+    Of all other flags only its own may differ from the run's.
+    """
+    run_dir = getattr(args, name)
     try:
         saved = Args(**json.loads((run_dir / "args.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -491,17 +495,17 @@ def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
     except Exception:  # torch.load raises a different one for every way in which a file can be damaged
         fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
     saved.run_dir = run_dir
+    for field in fields(args):
+        given, old = getattr(args, field.name), getattr(saved, field.name)
+        if field.name not in (name, *own) and given not in (field.default, old):
+            flag, others = (f"--{word}".replace("_", "-") for word in (field.name, ", --".join(own)))
+            fail(f"{flag} cannot change with --{name}, the run has {old}; only {others} may")
     return saved, checkpoint
 
 
 def resume_run(args: Args) -> tuple[Args, dict | None]:
     """The run in --resume with its own arguments; --total-timesteps may grow."""
-    saved, checkpoint = read_run(args.resume, "resume")
-    for field in fields(args):
-        given, old = getattr(args, field.name), getattr(saved, field.name)
-        if field.name not in ("resume", "total_timesteps") and given not in (field.default, old):
-            name = field.name.replace("_", "-")
-            fail(f"--{name} cannot change with --resume, the run has {old}; only --total-timesteps may grow")
+    saved, checkpoint = read_run(args, "resume", ("total_timesteps",))
     if args.total_timesteps is not None and args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
     saved.total_timesteps = args.total_timesteps or saved.total_timesteps
@@ -521,11 +525,11 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 def make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        files = list(run_dir.iterdir())
+        if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+            fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+        (run_dir / "args.tmp").touch()
     except OSError as error:
-        fail(f"--run-dir must be a folder that can be made and read, {run_dir} is not: {error.strerror}")
-    if any(file.suffix != ".tmp" for file in files):
-        fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+        fail(f"--run-dir must be a folder that can be made and written, {run_dir} is not: {error.strerror}")
 
 
 def replace_file(path: Path, write) -> None:
@@ -549,7 +553,8 @@ def catch_signals():
 def evaluate_run(args: Args) -> None:
     """--evaluate: plays greedy episodes with a trained agent, prints their returns and may write a GIF."""
     torch.set_num_threads(args.torch_threads)
-    saved, checkpoint = read_run(args.evaluate, "evaluate")
+    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
+    saved, checkpoint = read_run(args, "evaluate", own)
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
     envs = make_envs(saved, args.eval_episodes)

@@ -817,7 +817,8 @@ def draw_traces(model: BacktrackingModel, compared: Comparison) -> Figure:
     real, imagined, starts = (
         (x - model.state_mean) / model.state_std for x in (compared.real, compared.imagined, compared.starts)
     )
-    axes = torch.linalg.svd(real[compared.known], full_matrices=False)[2][:2].T
+    there = real[compared.known]
+    axes = torch.linalg.svd(there - there.mean(0), full_matrices=False)[2][:2].T
     shown = compared.known.sum(0).argsort(descending=True, stable=True)[:8].tolist()
     for label, states, kept, style in (
         ("real", real, compared.known, "k-"),
@@ -920,7 +921,7 @@ def check(args: Args) -> None:
         fail(f"--num-envs times --num-steps must be from 2 to {10**7}, got {given}")
     try:
         torch.zeros(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError):
+    except Exception:  # each kind of device has its own
         fail(f"--device {args.device} is not available here, a new run can have --device cpu")
     if args.capture_video:
         try:
@@ -932,8 +933,12 @@ def check(args: Args) -> None:
             fail(f"--capture-video cannot draw {args.env_id} here (MUJOCO_GL=osmesa may help): {error}")
 
 
-def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
-    """The arguments and the checkpoint (None before the first one) of the run in a folder."""
+def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
+    """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
+
+    Of all other flags only its own may differ from the run's.
+    """
+    run_dir = getattr(args, name)
     try:
         saved = Args(**json.loads((run_dir / "args.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -946,17 +951,17 @@ def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
     except Exception:  # torch.load raises a different one for every way in which a file can be damaged
         fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
     saved.run_dir = run_dir
+    for field in fields(args):
+        given, old = getattr(args, field.name), getattr(saved, field.name)
+        if field.name not in (name, *own) and given not in (field.default, old):
+            flag, others = (f"--{word}".replace("_", "-") for word in (field.name, ", --".join(own)))
+            fail(f"{flag} cannot change with --{name}, the run has {old}; only {others} may")
     return saved, checkpoint
 
 
 def resume_run(args: Args) -> tuple[Args, dict | None]:
     """The run in --resume with its own arguments; --total-timesteps may grow."""
-    saved, checkpoint = read_run(args.resume, "resume")
-    for field in fields(args):
-        given, old = getattr(args, field.name), getattr(saved, field.name)
-        if field.name not in ("resume", "total_timesteps") and given not in (field.default, old):
-            name = field.name.replace("_", "-")
-            fail(f"--{name} cannot change with --resume, the run has {old}; only --total-timesteps may grow")
+    saved, checkpoint = read_run(args, "resume", ("total_timesteps",))
     if args.total_timesteps is not None and args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
     saved.total_timesteps = args.total_timesteps or saved.total_timesteps
@@ -976,11 +981,11 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 def make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        files = list(run_dir.iterdir())
+        if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+            fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+        (run_dir / "args.tmp").touch()
     except OSError as error:
-        fail(f"--run-dir must be a folder that can be made and read, {run_dir} is not: {error.strerror}")
-    if any(file.suffix != ".tmp" for file in files):
-        fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+        fail(f"--run-dir must be a folder that can be made and written, {run_dir} is not: {error.strerror}")
 
 
 def replace_file(path: Path, write) -> None:
@@ -1003,10 +1008,10 @@ def catch_signals():
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: measures the coverage of a trained agent, and may write a GIF."""
-    saved, checkpoint = read_run(args.evaluate, "evaluate")
+    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
+    saved, checkpoint = read_run(args, "evaluate", own)
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
     saved = replace(saved, **{name: getattr(args, name) for name in own})
     check(saved)
     torch.set_num_threads(args.torch_threads)

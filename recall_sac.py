@@ -82,7 +82,7 @@ class Args:
 
     # environment
     env_id: str = "HalfCheetah-v5"
-    """Gymnasium id of an environment with a vector of observations and a bounded vector of actions"""
+    """Gymnasium id of an environment with a vector of observations, a bounded vector of actions and a time limit"""
     num_envs: int = 1
     """environments stepped side by side"""
     contact_forces: bool = True
@@ -100,7 +100,7 @@ class Args:
     batch_size: int = 256
     """transitions per update"""
     buffer_size: int = 1_000_000
-    """environment steps that the replay buffer holds"""
+    """rows of the replay buffer: one for each environment step, and one more for each episode"""
     learning_starts: int = 5_000
     """environment steps with uniformly random actions before the first update"""
     updates_per_step: float = 1.0
@@ -625,7 +625,8 @@ def draw_traces(model: BacktrackingModel, compared: Comparison) -> Figure:
     real, imagined, starts = (
         (x - model.state_mean) / model.state_std for x in (compared.real, compared.imagined, compared.starts)
     )
-    axes = torch.linalg.svd(real[compared.known], full_matrices=False)[2][:2].T
+    there = real[compared.known]
+    axes = torch.linalg.svd(there - there.mean(0), full_matrices=False)[2][:2].T
     shown = compared.known.sum(0).argsort(descending=True, stable=True)[:8].tolist()
     for label, states, kept, style in (
         ("real", real, compared.known, "k-"),
@@ -700,15 +701,15 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         env = gym.make(args.env_id, disable_env_checker=True, **options)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         if "include_cfrc_ext_in_observation" in str(error):
-            fail(f"--no-contact-forces is for Ant and Humanoid, {args.env_id} has no such forces")
+            fail(f"--no-contact-forces is for Ant and Humanoid from v5 on, {args.env_id} has no such option")
         fail(f"--env-id must be the id of a Gymnasium environment such as HalfCheetah-v5: {error}")
     states, actions = env.observation_space, env.action_space
     if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
         fail(f"--env-id must have a vector of observations (a Box with one axis), {args.env_id} has {states}")
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id must have a vector of actions (a Box with one axis), {args.env_id} has {actions}")
-    if not actions.is_bounded():
-        fail(f"--env-id must have bounded actions, those of {args.env_id} are {actions}")
+    if not actions.is_bounded() or not np.issubdtype(actions.dtype, np.floating):
+        fail(f"--env-id must have bounded actions that are real numbers, those of {args.env_id} are {actions}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -726,23 +727,29 @@ def check(args: Args) -> None:
         if isinstance(value, int | float) and not least <= value <= most:
             allowed = f"from {least} to {most}" if name in AT_MOST else f"of at least {least}"
             fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
-    if args.temperature == 0:
-        fail("--temperature must be greater than 0, got 0.0")
+    if args.temperature is not None and not torch.tensor(args.temperature).log().isfinite():
+        fail(f"--temperature must be a number greater than 0 in single precision, got {args.temperature}")
     if args.buffer_size < 10 * args.num_envs:
         fail(f"--buffer-size must be at least 10 for each of {args.num_envs} environments, got {args.buffer_size}")
-    steps = args.num_traces * args.recall_updates * args.trace_length
-    if args.recall != "none" and steps > 10**7:
-        fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}, got {steps}")
     rows = args.backtracking_updates * args.backtracking_batch_size
     if args.recall != "none" and rows > 10**8:
         fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
     try:
         torch.zeros(1, device=args.device, dtype=torch.float64).cpu()
-    except (RuntimeError, AssertionError, TypeError):
+    except Exception:  # each kind of device has its own
         fail(f"--device {args.device} is not available here in double precision, a new run can have --device cpu")
+    if args.compile:
+        try:
+            torch.compile(torch.neg)(torch.zeros(1, device=args.device))
+        except Exception as error:  # such as of a missing compiler
+            fail(f"--compile does not work here: {error}".splitlines()[0])
     env = make_env(args)
+    shapes = *env.observation_space.shape, *env.action_space.shape
+    steps = args.num_traces * args.recall_updates * args.trace_length
+    if args.recall != "none" and steps * sum(shapes) > 10**9:
+        allowed = f"at most {10**9 // sum(shapes)} with {args.env_id}"
+        fail(f"--num-traces times --recall-updates times --trace-length must be {allowed}, got {steps}")
     try:
-        shapes = *env.observation_space.shape, *env.action_space.shape
         ReplayBuffer(args.buffer_size, args.num_envs, *shapes, args.device)
     except (RuntimeError, MemoryError):
         fail(f"--buffer-size {args.buffer_size} does not fit into memory")
@@ -762,8 +769,12 @@ def show_warning(message: str) -> None:
         print(f"MuJoCo: {message.strip()}", file=sys.stderr)
 
 
-def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
-    """The arguments and the checkpoint (None before the first one) of the run in a folder."""
+def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
+    """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
+
+    Of all other flags only its own may differ from the run's.
+    """
+    run_dir = getattr(args, name)
     try:
         saved = Args(**json.loads((run_dir / "args.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -776,17 +787,17 @@ def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
     except Exception:  # torch.load raises a different one for every way in which a file can be damaged
         fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
     saved.run_dir = run_dir
+    for field in fields(args):
+        given, old = getattr(args, field.name), getattr(saved, field.name)
+        if field.name not in (name, *own) and given not in (field.default, old):
+            flag, others = (f"--{word}".replace("_", "-") for word in (field.name, ", --".join(own)))
+            fail(f"{flag} cannot change with --{name}, the run has {old}; only {others} may")
     return saved, checkpoint
 
 
 def resume_run(args: Args) -> tuple[Args, dict | None]:
     """The run in --resume with its own arguments; --total-timesteps may grow."""
-    saved, checkpoint = read_run(args.resume, "resume")
-    for field in fields(args):
-        given, old = getattr(args, field.name), getattr(saved, field.name)
-        if field.name not in ("resume", "total_timesteps") and given not in (field.default, old):
-            name = field.name.replace("_", "-")
-            fail(f"--{name} cannot change with --resume, the run has {old}; only --total-timesteps may grow")
+    saved, checkpoint = read_run(args, "resume", ("total_timesteps",))
     if args.total_timesteps is not None and args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
     saved.total_timesteps = args.total_timesteps or saved.total_timesteps
@@ -806,11 +817,11 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 def make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        files = list(run_dir.iterdir())
+        if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+            fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+        (run_dir / "args.tmp").touch()
     except OSError as error:
-        fail(f"--run-dir must be a folder that can be made and read, {run_dir} is not: {error.strerror}")
-    if any(file.suffix != ".tmp" for file in files):
-        fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+        fail(f"--run-dir must be a folder that can be made and written, {run_dir} is not: {error.strerror}")
 
 
 def replace_file(path: Path, write) -> None:
@@ -833,11 +844,11 @@ def catch_signals():
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: plays greedy episodes with a trained agent, prints their returns and may write a GIF."""
-    saved, checkpoint = read_run(args.evaluate, "evaluate")
+    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
+    saved, checkpoint = read_run(args, "evaluate", own)
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
-    saved = replace(saved, **{name: getattr(args, name) for name in own})
+    saved = replace(saved, **{name: getattr(args, name) for name in own}, buffer_size=10 * saved.num_envs)
     check(saved)
     torch.set_num_threads(args.torch_threads)
     envs = [make_env(saved) for _ in range(args.eval_episodes)]
@@ -1042,7 +1053,7 @@ def main(args: Args) -> None:
                 if updates_since_phase == 0:
                     # Alg. 1, line 8: what led to the most valuable states
                     tuples, values, _ = high_value_states(buffer, actor, critic, args, rng, held_out=False)
-                    if len(values) == 0:  # nothing but terminal states
+                    if len(values) < 2:  # next to nothing but terminal states
                         continue
                     model.normalise_by(tuples)
                     # Alg. 1, line 9: fit the backtracking model to it
@@ -1063,6 +1074,9 @@ def main(args: Args) -> None:
         save_checkpoint()
         log()
         write_pictures()
+    if args.recall != "none" and "recall/start_value" not in losses:
+        why = "fewer than --recall-every updates, or nothing but terminal states"
+        print(f"no recall phase: {why}", file=sys.stderr)
     print(f"pictures, curves and the trained agent are in {args.run_dir}")
 
 

@@ -81,7 +81,7 @@ class Args:
 
     # environment
     env_id: str = "HalfCheetah-v5"
-    """Gymnasium id of an environment with a vector of observations and a bounded vector of actions"""
+    """Gymnasium id of an environment with a vector of observations, a bounded vector of actions and a time limit"""
     num_envs: int = 8
     """environments stepped side by side"""
     contact_forces: bool = True
@@ -805,7 +805,8 @@ def draw_traces(model: BacktrackingModel, compared: Comparison) -> Figure:
     real, imagined, starts = (
         (x - model.state_mean) / model.state_std for x in (compared.real, compared.imagined, compared.starts)
     )
-    axes = torch.linalg.svd(real[compared.known], full_matrices=False)[2][:2].T
+    there = real[compared.known]
+    axes = torch.linalg.svd(there - there.mean(0), full_matrices=False)[2][:2].T
     shown = compared.known.sum(0).argsort(descending=True, stable=True)[:8].tolist()
     for label, states, kept, style in (
         ("real", real, compared.known, "k-"),
@@ -879,15 +880,15 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         env = gym.make(args.env_id, disable_env_checker=True, **options)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         if "include_cfrc_ext_in_observation" in str(error):
-            fail(f"--no-contact-forces is for Ant and Humanoid, {args.env_id} has no such forces")
+            fail(f"--no-contact-forces is for Ant and Humanoid from v5 on, {args.env_id} has no such option")
         fail(f"--env-id must be the id of a Gymnasium environment such as HalfCheetah-v5: {error}")
     states, actions = env.observation_space, env.action_space
     if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
         fail(f"--env-id must have a vector of observations (a Box with one axis), {args.env_id} has {states}")
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id must have a vector of actions (a Box with one axis), {args.env_id} has {actions}")
-    if not actions.is_bounded():
-        fail(f"--env-id must have bounded actions, those of {args.env_id} are {actions}")
+    if not actions.is_bounded() or not np.issubdtype(actions.dtype, np.floating):
+        fail(f"--env-id must have bounded actions that are real numbers, those of {args.env_id} are {actions}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
@@ -908,20 +909,22 @@ def check(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
     if args.max_kl == 0:
         fail("--max-kl must be greater than 0, got 0.0")
-    steps = args.num_traces * args.recall_updates * args.trace_length
-    if args.recall != "none" and steps > 10**7:
-        fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}, got {steps}")
     rows = args.backtracking_updates * args.backtracking_batch_size
     if args.recall != "none" and rows > 10**8:
         fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
     try:
         torch.zeros(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError):
+    except Exception:  # each kind of device has its own
         fail(f"--device {args.device} is not available here, a new run can have --device cpu")
     env = make_env(args)
+    shapes = *env.observation_space.shape, *env.action_space.shape
+    steps = args.num_traces * args.recall_updates * args.trace_length
+    if args.recall != "none" and steps * sum(shapes) > 10**9:
+        allowed = f"at most {10**9 // sum(shapes)} with {args.env_id}"
+        fail(f"--num-traces times --recall-updates times --trace-length must be {allowed}, got {steps}")
     if args.num_envs * args.num_steps < 2:
         fail("--num-envs times --num-steps must be at least 2, got 1")
-    if args.num_envs * args.num_steps * env.observation_space.shape[0] > 10**8:
+    if args.num_envs * args.num_steps * shapes[0] > 10**8:
         fail(f"--num-envs times --num-steps must leave a rollout in memory, got {args.num_envs} times {args.num_steps}")
     if args.capture_video:
         try:
@@ -939,8 +942,12 @@ def show_warning(message: str) -> None:
         print(f"MuJoCo: {message.strip()}", file=sys.stderr)
 
 
-def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
-    """The arguments and the checkpoint (None before the first one) of the run in a folder."""
+def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
+    """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
+
+    Of all other flags only its own may differ from the run's.
+    """
+    run_dir = getattr(args, name)
     try:
         saved = Args(**json.loads((run_dir / "args.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -953,17 +960,17 @@ def read_run(run_dir: Path, name: str) -> tuple[Args, dict | None]:
     except Exception:  # torch.load raises a different one for every way in which a file can be damaged
         fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
     saved.run_dir = run_dir
+    for field in fields(args):
+        given, old = getattr(args, field.name), getattr(saved, field.name)
+        if field.name not in (name, *own) and given not in (field.default, old):
+            flag, others = (f"--{word}".replace("_", "-") for word in (field.name, ", --".join(own)))
+            fail(f"{flag} cannot change with --{name}, the run has {old}; only {others} may")
     return saved, checkpoint
 
 
 def resume_run(args: Args) -> tuple[Args, dict | None]:
     """The run in --resume with its own arguments; --total-timesteps may grow."""
-    saved, checkpoint = read_run(args.resume, "resume")
-    for field in fields(args):
-        given, old = getattr(args, field.name), getattr(saved, field.name)
-        if field.name not in ("resume", "total_timesteps") and given not in (field.default, old):
-            name = field.name.replace("_", "-")
-            fail(f"--{name} cannot change with --resume, the run has {old}; only --total-timesteps may grow")
+    saved, checkpoint = read_run(args, "resume", ("total_timesteps",))
     if args.total_timesteps is not None and args.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
     saved.total_timesteps = args.total_timesteps or saved.total_timesteps
@@ -983,11 +990,11 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 def make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        files = list(run_dir.iterdir())
+        if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
+            fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+        (run_dir / "args.tmp").touch()
     except OSError as error:
-        fail(f"--run-dir must be a folder that can be made and read, {run_dir} is not: {error.strerror}")
-    if any(file.suffix != ".tmp" for file in files):
-        fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
+        fail(f"--run-dir must be a folder that can be made and written, {run_dir} is not: {error.strerror}")
 
 
 def replace_file(path: Path, write) -> None:
@@ -1010,10 +1017,10 @@ def catch_signals():
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: plays greedy episodes with a trained agent, prints their returns and may write a GIF."""
-    saved, checkpoint = read_run(args.evaluate, "evaluate")
+    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
+    saved, checkpoint = read_run(args, "evaluate", own)
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
     saved = replace(saved, **{name: getattr(args, name) for name in own})
     check(saved)
     torch.set_num_threads(args.torch_threads)

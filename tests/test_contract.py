@@ -1,6 +1,7 @@
 """What every script promises: see SCRIPTS, where a new script joins."""
 
 import ast
+import errno
 import importlib
 import io
 import json
@@ -100,12 +101,13 @@ SCRIPTS = {
             ("env-id", {"env_id": "CartPole-v1"}),
             ("env-id", {"env_id": "FrozenLake-v1"}),
             ("no-contact-forces", {"contact_forces": False}),
-            ("temperature", {"temperature": 0.0}),
+            *(("temperature", {"temperature": value}) for value in (0.0, 1e-50, 1e39)),
             ("tau", {"tau": 1.5}),
             ("updates-per-step", {"updates_per_step": 1e300}),
             ("buffer-size", {"buffer_size": 9}),
             ("num-traces", {"num_traces": 10**4, "recall_updates": 10**4}),
             ("trace-length", {"trace_length": 10**6}),
+            ("num-traces", {"env_id": "Humanoid-v5", "num_traces": 1000, "recall_updates": 1000}),
             ("backtracking-updates", {"backtracking_updates": 10**7}),
         ),
         left_out=frozenset({"top-trajectories"}),
@@ -136,6 +138,7 @@ SCRIPTS = {
             ("recall-until", {"recall_until": 1.5}),
             ("num-traces", {"num_traces": 10**4, "recall_updates": 10**4}),
             ("trace-length", {"trace_length": 10**6}),
+            ("num-traces", {"env_id": "Humanoid-v5", "num_traces": 1000, "recall_updates": 1000}),
             ("backtracking-updates", {"backtracking_updates": 10**7}),
             ("num-steps", {"num_envs": 1000, "num_steps": 10**5}),
         ),
@@ -981,6 +984,23 @@ def test_refuses_to_resume_with_other_arguments(name, tmp_path, refuse, finished
         refuse(name, flag, resume=run, **{flag.replace("-", "_"): value})
     for fewer in (settings(name)["total_timesteps"] - 1, 0, -1):
         refuse(name, "total-timesteps", resume=run, total_timesteps=fewer)
+
+
+@every_script
+def test_refuses_to_evaluate_with_arguments_that_it_would_ignore(name, tmp_path, refuse, finished):
+    run = Path(shutil.copytree(finished(name), tmp_path / "run"))
+    for flag, value in (("num-envs", 3), ("run-dir", tmp_path / "other"), ("resume", run), ("total-timesteps", 9)):
+        refuse(name, flag, evaluate=run, **{flag.replace("-", "_"): value})
+
+
+@every_script
+def test_refuses_a_run_dir_that_cannot_be_written(name, tmp_path, refuse, monkeypatch):
+    def denied(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(Path, "touch", denied)  # by hand, as root may write everywhere
+    refuse(name, "run-dir", **settings(name, run_dir=tmp_path / "run"))
 
 
 # ------------------------------------------------------------------------------------------------------ divergence

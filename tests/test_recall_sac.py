@@ -461,15 +461,16 @@ def test_refuses_discrete_spaces_in_words(env_id, word, capsys):
     assert f"a vector of {word}" in capsys.readouterr().err
 
 
-def test_refuses_unbounded_actions_in_words(capsys):
-    class Unbounded(Line):
-        action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+@pytest.mark.parametrize("bound, dtype", [(np.inf, np.float32), (1, np.int64)])
+def test_refuses_unbounded_and_whole_actions_in_words(bound, dtype, capsys):
+    class Other(Line):
+        action_space = gym.spaces.Box(-bound, bound, (2,), dtype)
 
-    gym.register("Unbounded-v0", Unbounded)
+    gym.register(f"Other{dtype.__name__}-v0", Other)
     with pytest.raises(SystemExit) as exit:
-        script.make_env(Args(env_id="Unbounded-v0"))
+        script.make_env(Args(env_id=f"Other{dtype.__name__}-v0"))
     assert exit.value.code == 2
-    assert "bounded actions" in capsys.readouterr().err
+    assert "bounded actions that are real numbers" in capsys.readouterr().err
 
 
 def test_plays_whole_episodes_of_the_greedy_policy():
@@ -714,6 +715,16 @@ def test_traces_are_compared_with_what_really_led_to_their_high_value_states():
     assert script.trace_errors(model, perfect).nan_to_num().abs().max() == 0  # nan: none known
 
 
+def test_traces_are_drawn_in_the_plane_in_which_the_real_ones_vary_most():
+    """Wherever they are: three numbers with deviations of 1, 3 and 2, of which the first is far from the mean."""
+    real = randn(4, 50, 3) * torch.tensor([1.0, 3.0, 2.0]) + torch.tensor([100.0, 0.0, 0.0])
+    model, there = BacktrackingModel(3, 2), torch.ones(4, 50, dtype=torch.bool)
+    figure = script.draw_traces(model, script.Comparison(real[0], real, there, real, real, there))
+    drawn = np.concatenate([line.get_xydata() for line in figure.axes[0].lines if line.get_color() == "k"])
+    deviations = real[:, :8].reshape(-1, 3).std(0)
+    assert drawn.std(0) == pytest.approx([float(deviations[1]), float(deviations[2])], rel=0.15)
+
+
 def test_advantages_are_what_an_action_gains_over_the_greedy_one():
     (actor, critic), states, actions = networks(), randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1).tanh()
     with torch.no_grad():
@@ -739,6 +750,35 @@ def test_traces_are_split_into_the_pairs_of_each_imitation_update():
         expected = [float(states[t, i]) for t in range(3) for i in (2 * n, 2 * n + 1) if in_trace[t, i]]
         assert some_states.flatten().tolist() == expected
         assert torch.equal(some_actions, -some_states)
+
+
+@pytest.mark.parametrize("recall_every, said", [(100, False), (101, True)])
+def test_a_run_in_which_recall_never_began_says_so(recall_every, said, tmp_path, capsys):
+    small = {"env_id": "Reacher-v5", "hidden": 8, "batch_size": 8, "eval_episodes": 1, "recall_updates": 1}
+    small |= {"total_timesteps": 200, "learning_starts": 100, "recall_every": recall_every, "backtracking_updates": 1}
+    script.main(Args(run_dir=tmp_path / "run", **small))
+    assert ("no recall phase: fewer than --recall-every updates" in capsys.readouterr().err) == said
+
+
+def test_playing_takes_no_replay_buffer(tmp_path, monkeypatch):
+    small = {"env_id": "Reacher-v5", "hidden": 8, "total_timesteps": 20, "eval_episodes": 1, "recall": "none"}
+    script.main(Args(run_dir=tmp_path / "run", buffer_size=5000, **small))
+    made, buffer = [], ReplayBuffer
+    monkeypatch.setattr(script, "ReplayBuffer", lambda size, *others: made.append(size) or buffer(size, *others))
+    script.main(Args(evaluate=tmp_path / "run", eval_episodes=1))
+    assert sum(made) <= 10
+
+
+def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nand more lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(SystemExit) as exit:
+        script.main(Args(run_dir=tmp_path / "run", compile=True))
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: --compile does not work here: no compiler\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_training_loop_remembers_learns_from_and_recalls(tmp_path, monkeypatch):
