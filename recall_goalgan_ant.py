@@ -1227,6 +1227,8 @@ def main(args: Args) -> None:
         save_checkpoint()
         log()
         write_pictures()
+    if args.recall != "none" and "recall/start_value" not in losses:
+        print("no recall phase: no goal had been reached when one was due", file=sys.stderr)
     print(f"pictures, curves and the trained agent are in {args.run_dir}")
 
 

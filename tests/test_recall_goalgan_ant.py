@@ -309,6 +309,16 @@ def test_the_standard_deviation_is_learned_only_where_told(learn_std, tmp_path):
     assert torch.equal(checkpoint["actor"]["log_std"], torch.zeros(2)) == (not learn_std)
 
 
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_run_in_which_recall_never_began_says_so(reached, tmp_path, monkeypatch, capsys):
+    sizes = {"num_envs": 10, "num_steps": 40, "max_steps": 20, "inner_iterations": 1, "total_timesteps": 400}
+    sizes |= {"num_goals": 20, "label_rollouts": 1, "gan_updates": 1, "eval_episodes": 1, "recall": "random"}
+    if not reached:
+        monkeypatch.setattr(script, "successful_tuples", lambda *_, **__: None)
+    script.main(Args(env_id="PointUMaze-v0", run_dir=tmp_path / "run", **sizes))
+    assert ("no recall phase: no goal had been reached" in capsys.readouterr().err) == (not reached)
+
+
 @pytest.mark.parametrize(
     "inner_iterations, recall_every, expected", [(3, 1, [1, 4, 7, 10]), (3, 2, [1, 7]), (1, 2, [1, 3])]
 )
