@@ -311,7 +311,7 @@ def test_the_standard_deviation_is_learned_only_where_told(learn_std, tmp_path):
 
 @pytest.mark.parametrize("reached", [False, True])
 def test_a_run_in_which_recall_never_began_says_so(reached, tmp_path, monkeypatch, capsys):
-    sizes = {"num_envs": 10, "num_steps": 40, "max_steps": 20, "inner_iterations": 1, "total_timesteps": 400}
+    sizes = {"num_envs": 10, "num_steps": 40, "max_steps": 20, "inner_iterations": 1, "total_timesteps": 1200}
     sizes |= {"num_goals": 20, "label_rollouts": 1, "gan_updates": 1, "eval_episodes": 1, "recall": "random"}
     if not reached:
         monkeypatch.setattr(script, "successful_tuples", lambda *_, **__: None)
