@@ -381,6 +381,15 @@ def test_smoke_makes_every_figure(name, tmp_path, smoke_runs, in_this_process, m
     assert len(in_this_process) == made  # nothing twice
 
 
+def test_the_command_under_each_figure_of_the_results_makes_all_of_it():
+    text, args = (ROOT / "results" / "README.md").read_text(), Args(results_dir=ROOT / "results")
+    commands = re.findall(r"\)\. `python reproduce\.py (\S+)(?: --seeds (\d+))?`", text)
+    assert [name for name, _ in commands] == [name for name in FIGURES if (args.results_dir / name).exists()]
+    for name, seeds in commands:
+        args.seeds = int(seeds) if seeds else None
+        reproduce.refuse_to_lose(name, args)
+
+
 # ------------------------------------------------------------------------------------------------------ processes
 
 # A program that is reproduce.py with one short figure of two settings.
