@@ -504,19 +504,14 @@ def test_extend_keeps_what_there_is_and_runs_only_what_it_lacks(tmp_path, uninte
     }
 
 
-def test_two_at_a_time_extend_a_figure_as_one_does(tmp_path, uninterrupted):
-    """Commands and origins are those of the rows of data.csv, however often and wherever it is called."""
-    steps = SMALL.replace("6000", "30000")
-    shutil.copytree(uninterrupted / "results", tmp_path / "results")
-    run(tmp_path, "--extend", "--seeds", "2", steps=steps)
-    once = contents(tmp_path / "results")
-    shutil.rmtree(tmp_path / "results")
-    shutil.copytree(uninterrupted / "results", tmp_path / "results")
-    others = [start(tmp_path, "--extend", "--seeds", "2", "--plot-only", steps=steps) for _ in range(3)]
-    for other in others:
-        _, errors = other.communicate(timeout=120)
-        assert (other.returncode, errors) == (0, "")
-    assert contents(tmp_path / "results") == once
+def test_figures_are_written_by_one_at_a_time(tmp_path, monkeypatch):
+    """What is kept of a figure is read under a lock on the folder of the results."""
+    calls = []
+    monkeypatch.setattr(fcntl, "flock", lambda file, _: calls.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(reproduce, "make_figure", lambda *_: calls.append("figure"))
+    with pytest.raises(SystemExit):
+        reproduce.main(Args(figures=("fig2",), plot_only=True, results_dir=tmp_path, runs_dir=tmp_path / "runs"))
+    assert calls == [tmp_path.stat().st_ino, "figure"]
 
 
 def test_a_figure_never_loses_a_run(tmp_path, uninterrupted):
