@@ -848,7 +848,8 @@ def evaluate_run(args: Args) -> None:
     saved, checkpoint = read_run(args, "evaluate", own)
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    saved = replace(saved, **{name: getattr(args, name) for name in own}, buffer_size=10 * saved.num_envs)
+    saved = replace(saved, **{name: getattr(args, name) for name in own})
+    saved = replace(saved, buffer_size=10 * saved.num_envs, compile=False)  # as playing needs no more
     check(saved)
     torch.set_num_threads(args.torch_threads)
     envs = [make_env(saved) for _ in range(args.eval_episodes)]

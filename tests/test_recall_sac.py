@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 
 import gymnasium as gym
@@ -760,10 +761,13 @@ def test_a_run_in_which_recall_never_began_says_so(recall_every, said, tmp_path,
     assert ("no recall phase: fewer than --recall-every updates" in capsys.readouterr().err) == said
 
 
-def test_playing_takes_no_replay_buffer(tmp_path, monkeypatch):
+def test_playing_takes_no_replay_buffer_and_no_compiler(tmp_path, monkeypatch):
     small = {"env_id": "Reacher-v5", "hidden": 8, "total_timesteps": 20, "eval_episodes": 1, "recall": "none"}
     script.main(Args(run_dir=tmp_path / "run", buffer_size=5000, **small))
+    arguments = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(arguments | {"compile": True}))
     made, buffer = [], ReplayBuffer
+    monkeypatch.setattr(torch, "compile", None)
     monkeypatch.setattr(script, "ReplayBuffer", lambda size, *others: made.append(size) or buffer(size, *others))
     script.main(Args(evaluate=tmp_path / "run", eval_episodes=1))
     assert sum(made) <= 10
