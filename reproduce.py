@@ -46,6 +46,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TextIO
@@ -1136,6 +1137,17 @@ def refuse_to_lose(name: str, args: Args) -> None:
         fail(f"{what}: --extend keeps them, or take more --seeds, another --scale or another --results-dir")
 
 
+@contextmanager
+def alone_in(folder: Path):
+    """Waits until no other process makes figures there."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def make_figure(name: str, args: Args) -> bool:
     """Draws a figure and writes its data, from the runs that are finished; whether all of them are."""
     curves, pictures, finished, missing = read_figure(name, args)
@@ -1193,9 +1205,9 @@ def main(args: Args) -> None:
         signal.signal(number, signal.default_int_handler)
     try:
         failures = execute_all(runs, args.workers) if runs and not args.plot_only else []
-        fcntl.flock(os.open(args.results_dir, os.O_RDONLY), fcntl.LOCK_EX)  # against others at it, until this one ends
-        complete = [make_figure(name, args) for name in names]
-        write_verdicts(args.results_dir)
+        with alone_in(args.results_dir):
+            complete = [make_figure(name, args) for name in names]
+            write_verdicts(args.results_dir)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
