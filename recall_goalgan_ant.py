@@ -25,7 +25,7 @@ This file and the mazes in envs are all there is.
     python recall_goalgan_ant.py --recall none                # Goal GAN alone
     python recall_goalgan_ant.py --evaluate RUN_DIR           # measure coverage, play the trained agent
 
-Recall traces may be ahead in the maze of the point mass; the ant is as fast without: see docs/recall_goalgan_ant.md.
+Recall traces may be ahead in the maze of the point mass; the ant gained nothing: see docs/recall_goalgan_ant.md.
 """
 
 import json

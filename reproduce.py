@@ -951,6 +951,7 @@ CLAIMS = (
     *on_tasks("fig16", "TRPO: a backtracking model is better than a forward model", (TRPO_LEARNED, TRPO_FORWARD)),
     *on_tasks("fig16", "TRPO: a learned backtracking model is better than a random one", (TRPO_LEARNED, TRPO_RANDOM)),
     *on_tasks("fig16", "TRPO: no model is better than a forward model", (TRPO_NONE, TRPO_FORWARD)),
+    *on_tasks("fig16", "TRPO: traces of a random backtracking model are better than none", (TRPO_RANDOM, TRPO_NONE)),
     *in_rooms(
         "fig17",
         "Rarer recall, 10 : 1 instead of 1 : 1, needs more steps",
