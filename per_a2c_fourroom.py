@@ -64,7 +64,7 @@ class Args:
     eval_every: int = 1_000
     """environment steps between evaluations of the greedy policy"""
     eval_episodes: int = 10
-    """episodes per evaluation"""
+    """episodes per evaluation; all alike, unless the maze of --env-id has random starts"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints"""
     capture_video: bool = False
@@ -457,7 +457,7 @@ def make_envs(args: Args, num_envs: int) -> FourRoomVectorEnv:
 
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "priority_alpha": 10, "priority_beta": 1, "buffer_size": 10**7, "size": 500}
-AT_MOST |= {"num_envs": 10**5, "num_steps": 10**5, "seed": 2**63 - 1, "torch_threads": 1024}
+AT_MOST |= {"num_envs": 10**5, "num_steps": 10**5, "eval_episodes": 10**5, "seed": 2**63 - 1, "torch_threads": 1024}
 
 
 def check(args: Args) -> None:
@@ -468,6 +468,8 @@ def check(args: Args) -> None:
         if isinstance(value, int | float) and not least <= value <= most:
             allowed = f"from {least} to {most}" if name in AT_MOST else f"of at least {least}"
             fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
+    if args.num_envs * args.num_steps > 10**7:
+        fail(f"--num-envs times --num-steps must be at most {10**7}, got {args.num_envs * args.num_steps}")
     make_envs(args, 1)  # or fails
     if args.replay_batch_size is not None and args.replay_batch_size > args.buffer_size:
         fail(f"--replay-batch-size must be at most {args.buffer_size}, the --buffer-size, got {args.replay_batch_size}")
@@ -480,7 +482,7 @@ def check(args: Args) -> None:
 def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
     """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
 
-    Of all other flags only its own may differ from the run's.
+    Of all other flags only its own may differ from the run's. One given with its default value looks as if not given.
     """
     run_dir = getattr(args, name)
     try:
@@ -558,7 +560,7 @@ def evaluate_run(args: Args) -> None:
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
     envs = make_envs(saved, args.eval_episodes)
-    actor = Actor(*envs.maze.next_cell.shape)
+    actor = Actor(*envs.maze.next_cell.shape).to(args.device)
     actor.load_state_dict(checkpoint["actor"])
     policy = policy_table(actor)
     returns, lengths, successes, _ = play(envs, policy, args.seed)

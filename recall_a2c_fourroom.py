@@ -63,7 +63,7 @@ class Args:
     eval_every: int = 1_000
     """environment steps between evaluations of the greedy policy"""
     eval_episodes: int = 10
-    """episodes per evaluation"""
+    """episodes per evaluation; all alike, unless the maze of --env-id has random starts"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints"""
     capture_video: bool = False
@@ -123,7 +123,7 @@ class Args:
     top_trajectories: int = 10
     """k_traj, trajectories with the highest return that are kept in the buffer"""
     top_fraction: float = 1.0
-    """k, share of their tuples with the highest return-to-go that the backtracking model learns from"""
+    """k, share of their tuples, with the highest return-to-go: the model learns from these, and traces start there"""
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -263,7 +263,7 @@ class Tuples(NamedTuple):
     actions: np.ndarray
     next_cells: np.ndarray
     rewards: np.ndarray
-    values: np.ndarray  # discounted return-to-go, the reward of this transition included
+    values: np.ndarray  # discounted return-to-go, this reward included, of the trajectory as it was walked, with loops
     first_cells: np.ndarray  # where the episode began
 
 
@@ -280,7 +280,7 @@ class TrajectoryBuffer:
 
     def add(self, rollout: Rollout) -> list[tuple[float, int]]:
         """Adds a rollout; returns (return, length) of every episode that ended in it."""
-        rows = np.stack((rollout.cells, rollout.actions, rollout.rewards, rollout.next_cells), axis=-1)
+        rows = np.stack(rollout[:4], axis=-1)
         ended = []
         for i in range(len(self.under_way)):
             ends = np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1
@@ -404,7 +404,7 @@ def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuple
 def high_value_states(tuples: Tuples | None, critic: Critic, envs: FourRoomVectorEnv, args: Args, rng):
     """N high-value states (Alg. 1, line 10), the cells where their episodes began, and their values, arrays (N,)."""
     if tuples is None:  # the goal is known ahead of time, and the agent has not been there
-        return tuple(np.full(args.num_traces, fill) for fill in (envs.maze.goal, -1, envs.goal_reward))
+        return tuple(np.full(args.num_traces, fill) for fill in (envs.maze.goal, -1, envs.rewards[envs.maze.goal]))
     states, values = tuples.next_cells, tuples.values
     if args.start_states == "reward":
         candidates = np.flatnonzero(tuples.rewards > 0)
@@ -537,7 +537,7 @@ def make_envs(args: Args, num_envs: int) -> FourRoomVectorEnv:
 
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "top_fraction": 1, "size": 500, "seed": 2**63 - 1, "torch_threads": 1024}
-AT_MOST |= dict.fromkeys(("num_envs", "num_steps", "num_traces", "backtracking_batch_size"), 10**5)
+AT_MOST |= dict.fromkeys(("num_envs", "num_steps", "num_traces", "backtracking_batch_size", "eval_episodes"), 10**5)
 
 
 def check(args: Args) -> None:
@@ -548,6 +548,8 @@ def check(args: Args) -> None:
         if isinstance(value, int | float) and not least <= value <= most:
             allowed = f"from {least} to {most}" if name in AT_MOST else f"of at least {least}"
             fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
+    if args.num_envs * args.num_steps > 10**7:
+        fail(f"--num-envs times --num-steps must be at most {10**7}, got {args.num_envs * args.num_steps}")
     longest = make_envs(args, 1).max_steps
     if args.trace_length > longest:
         fail(f"--trace-length must be at most {longest}, the longest episode in this maze, got {args.trace_length}")
@@ -560,7 +562,7 @@ def check(args: Args) -> None:
 def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
     """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
 
-    Of all other flags only its own may differ from the run's.
+    Of all other flags only its own may differ from the run's. One given with its default value looks as if not given.
     """
     run_dir = getattr(args, name)
     try:
@@ -638,7 +640,7 @@ def evaluate_run(args: Args) -> None:
     if checkpoint is None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
     envs = make_envs(saved, args.eval_episodes)
-    actor = Actor(*envs.maze.next_cell.shape)
+    actor = Actor(*envs.maze.next_cell.shape).to(args.device)
     actor.load_state_dict(checkpoint["actor"])
     policy = policy_table(actor)
     returns, lengths, successes, _ = play(envs, policy, args.seed)

@@ -936,7 +936,7 @@ def check(args: Args) -> None:
 def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
     """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
 
-    Of all other flags only its own may differ from the run's.
+    Of all other flags only its own may differ from the run's. One given with its default value looks as if not given.
     """
     run_dir = getattr(args, name)
     try:

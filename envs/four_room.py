@@ -1,8 +1,8 @@
 """Four rooms: the grid world of Recall Traces (Goyal et al., ICLR 2019), section 6.1 and appendices D, F and H.
 
 The agent walks from one corner of a square maze to the opposite one through bottleneck doorways. The paper shows the
-returns of this maze (its axes run from about -1 to 5) but neither the rewards nor the doorways. We chose a goal bonus
-of 5 and a penalty of 0.01 for every step, which give returns in that range, and doorways in the middle of each wall.
+returns of this maze (its axes run from between -4 and -1 to 3 or 5) but neither the rewards nor the doorways. We chose
+a bonus of 5 for the goal and a penalty of 0.01 a step, which give such returns, and doorways amid each wall.
 
     #########   `FourRoomMaze` holds the geometry and both dynamics as arrays: `next_cell[cell, action]` forward and
     #S..#...#   `predecessors[next_cell, action]` backward, the exact backtracking model of section 6.1.
@@ -224,7 +224,7 @@ class FourRoomVectorEnv(VectorEnv):
 
     def step(self, actions: np.ndarray):
         actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or np.count_nonzero(actions & ~3):  # more than the two bits of 0 to 3
+        if actions.shape != (self.num_envs,) or ((actions < 0) | (actions > 3)).any():
             raise ValueError(f"actions must be {self.num_envs} of 0 (up), 1 (right), 2 (down), 3 (left), got {actions}")
         self.cells = self.maze.next_cell[self.cells, actions]
         self.steps += 1

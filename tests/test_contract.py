@@ -60,6 +60,8 @@ SCRIPTS = {
         refused=(
             ("size", {"size": 6}),
             ("env-id", {"env_id": "CartPole-v1"}),
+            ("eval-episodes", {"eval_episodes": 10**6}),
+            ("num-envs", {"num_envs": 10**4, "num_steps": 10**4}),
             ("size", {"size": 10**7}),
             ("backtracking-batch-size", {"backtracking_batch_size": 10**9}),
             ("trace-length", {"size": 7, "trace_length": 50}),  # an episode ends after 7 * 7 steps
@@ -72,6 +74,8 @@ SCRIPTS = {
         refused=(
             ("size", {"size": 6}),
             ("env-id", {"env_id": "CartPole-v1"}),
+            ("eval-episodes", {"eval_episodes": 10**6}),
+            ("num-envs", {"num_envs": 10**4, "num_steps": 10**4}),
             ("replay-batch-size", {"replay_batch_size": 101, "buffer_size": 100}),
             ("size", {"size": 10**7}),
             ("priority-alpha", {"priority_alpha": 60.0}),

@@ -436,6 +436,13 @@ def test_wrong_vector_action_is_refused_and_changes_nothing(actions):
     assert env.step(np.array([UP, LEFT]))[3].tolist() == [True, True]  # the second step, not the third
 
 
+def test_actions_of_every_integer_type():
+    envs = FourRoomVectorEnv(2, size=7)
+    for dtype in "bhilqBHILQ":
+        envs.reset(seed=0)
+        assert envs.step(np.array([RIGHT, DOWN], dtype))[0].tolist() == [1 * 7 + 2, 2 * 7 + 1]
+
+
 def test_returned_observations_belong_to_the_caller():
     env = FourRoomVectorEnv(2, size=7)
     observations, _ = env.reset(seed=0)

@@ -593,11 +593,11 @@ def test_high_value_states(start_states, expected):
 
 
 def test_high_value_state_of_a_goal_known_ahead_of_time():
-    """Nobody has been there: the goal and its reward, and no cell in which the traces would have to begin."""
+    """Nobody has been there: the goal, what the step into it gives, and no cell in which the traces would begin."""
     envs = FourRoomVectorEnv(1, size=7, goal_reward=3.0)
     args = Args(start_states="goal", num_traces=5)
     starts, first_cells, values = script.high_value_states(None, Critic(49), envs, args, np.random.default_rng(0))
-    assert starts.tolist() == [40] * 5 and first_cells.tolist() == [-1] * 5 and values.tolist() == [3.0] * 5
+    assert starts.tolist() == [40] * 5 and first_cells.tolist() == [-1] * 5 and values.tolist() == [2.99] * 5
 
 
 def test_most_valued_state_when_all_tuples_lead_into_the_goal():

@@ -724,6 +724,21 @@ def test_plot_only_without_runs_writes_no_figure(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "results" / "fig2").exists()
 
 
+@pytest.mark.parametrize(("name", "drawn"), [("fig14", True), ("fig3", False)])
+def test_curves_are_drawn_again_from_data_alone_but_pictures_need_run_folders(name, drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "write_verdicts", lambda folder: None)  # which takes its time
+    shutil.copytree(Path(reproduce.__file__).parent / "results" / name, tmp_path / "results" / name)
+    picture = tmp_path / "results" / name / f"{name}.png"
+    picture.write_bytes(b"the old one")
+    before = contents(tmp_path / "results" / name)
+    with pytest.raises(SystemExit, match="0"):
+        reproduce.main(Args(figures=(name,), extend=True, plot_only=True))
+    after = contents(tmp_path / "results" / name)
+    assert {path.name for path in before if after[path] != before[path]} == ({picture.name} if drawn else set())
+    assert picture.read_bytes().startswith(b"\x89PNG" if drawn else b"the old one")
+
+
 def test_list_names_all_figures(capsys):
     reproduce.main(Args(list=True))
     lines = capsys.readouterr().out.splitlines()
