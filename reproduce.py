@@ -1027,11 +1027,13 @@ def judge(claim: Claim, curves: dict[str, Curves]) -> tuple[str, str, str]:
         (low, high), above = interval(*samples, statistic=number, resamples=50_000), claim.above
         means = " / ".join(f"{m:,.0f}" if m >= 1000 else f"{m:.4g}" for m in map(interquartile_mean, samples))
         values = f"{claim.statistic}: {means}; " if len(samples) == 2 else f"{claim.statistic}; "
-        ours = f"{values}{claim.number} {number(*samples):.2f}"
-        ours += f" [{low:.2f}, {high:.2f}]" if min(len(setting.seeds) for setting in settings) > 2 else ""
+        no_ratio = claim.number != "difference" and min(map(interquartile_mean, samples)) <= 0
+        ours = f"{values}no {claim.number}" if no_ratio else f"{values}{claim.number} {number(*samples):.2f}"
+        if not no_ratio and min(len(setting.seeds) for setting in settings) > 2:
+            ours += f" [{low:.2f}, {high:.2f}]"
         ours += f"; P = {probability_of_improvement(*samples):.2f}" if len(samples) == 2 else ""
     verdict = "holds" if low > above else "the reverse holds" if high < above else "not shown"
-    if claim.number != "difference" and claim.formula is not None and min(map(interquartile_mean, samples)) <= 0:
+    if claim.formula is not None and no_ratio:
         verdict = "no ratio: a mean is not positive"
     if any(a.seeds != b.seeds for a, b in zip(settings[::2], settings[1::2], strict=True)):
         verdict = "incomplete: not all seeds have finished"
