@@ -540,8 +540,10 @@ def linear():
     updates = script.update_backtracking_model, script.update_forward_model
     for model, update in zip(models, updates, strict=True):
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 1500)  # to an end without a jolt
         for _ in range(1500):
             update(model, optimizer, tuples, torch.from_numpy(rng.integers(len(now), size=256)))
+            schedule.step()
     return rotation, pushes, tuples, *models
 
 
@@ -555,12 +557,12 @@ def test_traces_reach_back_along_a_system_with_known_linear_dynamics(linear):
     next_states = torch.cat((starts[None], states[:-1]))
     exact = (next_states - actions @ pushes.T) @ torch.linalg.inv(rotation).T
     errors = ((states - exact) / tuples.states.std(0))[in_trace].abs()
-    assert errors.mean() < 0.05
+    assert errors.mean() < 0.02
     whole, forward = in_trace.all(0), states[-1]
     for action in actions.flip(0):
         forward = forward @ rotation.T + action @ pushes.T
     assert whole.sum() > 100
-    assert ((forward - starts) / tuples.states.std(0))[whole].abs().mean() < 0.1
+    assert ((forward - starts) / tuples.states.std(0))[whole].abs().mean() < 0.05
 
 
 def test_imagined_experience_follows_a_system_with_known_linear_dynamics(linear):
