@@ -2,7 +2,8 @@
 
 The agent walks from one corner of a square maze to the opposite one through bottleneck doorways. The paper shows the
 returns of this maze (its axes run from between -4 and -1 to 3 or 5) but neither the rewards nor the doorways. We chose
-a bonus of 5 for the goal and a penalty of 0.01 a step, which give such returns, and doorways amid each wall.
+a bonus of 5 for the goal and a penalty of 0.01 a step, which give such returns, and doorways in the middle of each
+wall.
 
     #########   `FourRoomMaze` holds the geometry and both dynamics as arrays: `next_cell[cell, action]` forward and
     #S..#...#   `predecessors[next_cell, action]` backward, the exact backtracking model of section 6.1.
