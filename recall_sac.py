@@ -78,7 +78,8 @@ class Args:
     torch_threads: int = 1
     """CPU threads of torch"""
     compile: bool = False
-    """compile the soft actor-critic update; on a GPU it and acting become CUDA graphs; no gain on a CPU"""
+    """compile the soft actor-critic update; on a GPU it, acting and the backtracking model's update become CUDA graphs;
+    no gain on a CPU"""
 
     # environment
     env_id: str = "HalfCheetah-v5"
@@ -507,9 +508,9 @@ def high_value_states(buffer: ReplayBuffer, actor: Actor, critic: Critic, args: 
     return Batch(*(column[best] for column in batch)), values, rows[best.cpu().numpy()]
 
 
-def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Batch, rows: torch.Tensor) -> dict:
-    """One maximum likelihood step on these rows of the most valuable tuples (Alg. 1, line 9); returns losses."""
-    of_actions, of_changes = model.log_prob(tuples.states[rows], tuples.actions[rows], tuples.next_states[rows])
+def update_backtracking_model(model: BacktrackingModel, optimizer, batch: Batch) -> dict[str, torch.Tensor]:
+    """One maximum likelihood step on some of the most valuable tuples (Alg. 1, line 9); returns losses."""
+    of_actions, of_changes = model.log_prob(batch.states, batch.actions, batch.next_states)
     losses = {"recall/action_nll": -of_actions.mean(), "recall/state_nll": -of_changes.mean()}
     losses["recall/backtracking_loss"] = sum(losses.values())  # Eq. (2)
     optimizer.zero_grad()
@@ -915,7 +916,9 @@ def main(args: Args) -> None:
         imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
         parts |= {"backtracking_model": model, "imitation_optimizer": imitation_optimizer}
         if args.recall == "learned":
-            backtracking_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
+            backtracking_optimizer = torch.optim.Adam(
+                model.parameters(), lr=args.backtracking_lr, fused=True, capturable=recorded
+            )
             parts["backtracking_optimizer"] = backtracking_optimizer
         rngs["recall"] = np.random.default_rng([args.seed, 2])
     traces = []  # one entry for each imitation update that is left of the last recall phase
@@ -999,7 +1002,7 @@ def main(args: Args) -> None:
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, actor)
 
-    # acting and updating as functions of nothing but tensors, which can be recorded
+    # acting and two kinds of updates as functions of nothing but tensors, which can be recorded
     def choose(states: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return act(actor, states, noise)
 
@@ -1007,10 +1010,13 @@ def main(args: Args) -> None:
         networks = actor, critic, target_critic, log_temperature
         return update_actor_critic(*networks, optimizer, buffer.at(rows), noises, args)
 
+    def fit(*tuples: torch.Tensor) -> dict[str, torch.Tensor]:
+        return update_backtracking_model(model, backtracking_optimizer, Batch(*tuples))
+
     if args.compile:
         update = torch.compile(update)
     if recorded:
-        choose, update = CudaGraph(choose), CudaGraph(update)
+        choose, update, fit = CudaGraph(choose), CudaGraph(update), CudaGraph(fit)
     first_step, started = step, time.time()
     whole_steps = -(-args.total_timesteps // args.num_envs) * args.num_envs
     progress = tqdm(total=whole_steps, initial=step, unit=" steps", disable=None)
@@ -1061,7 +1067,7 @@ def main(args: Args) -> None:
                     if args.recall == "learned":
                         shape = args.backtracking_updates, args.backtracking_batch_size
                         for rows in as_tensor(rng.integers(len(values), size=shape), args.device):
-                            losses |= update_backtracking_model(model, backtracking_optimizer, tuples, rows)
+                            losses |= fit(*(column[rows] for column in tuples))
                     # Alg. 1, lines 10 and 11: recall traces from the most valuable states, in random order
                     chosen = rng.permutation(args.num_traces * args.recall_updates) % len(values)
                     losses["recall/start_value"] = values[chosen].mean()

@@ -551,16 +551,17 @@ def test_what_never_changes_stays_as_it_is_in_traces(value):
 
 def test_one_update_is_a_step_along_the_gradient_of_the_log_likelihood():
     """Eq. (2)"""
-    batch, rows = random_batch(64), torch.tensor([3, 3, 17, 40])
+    batch = random_batch(64)
     model = fitted(batch.states, batch.actions, batch.next_states)
+    batch = Batch(*(column[[3, 3, 17, 40]] for column in batch))
     expected = copy.deepcopy(model)
-    parts = expected.log_prob(*(column[rows] for column in (batch.states, batch.actions, batch.next_states)))
+    parts = expected.log_prob(batch.states, batch.actions, batch.next_states)
     loss = -sum(parts).mean()
     for weight, gradient in zip(
         expected.parameters(), torch.autograd.grad(loss, [*expected.parameters()]), strict=True
     ):
         weight.data -= 0.1 * gradient
-    losses = script.update_backtracking_model(model, sgd(model.parameters()), batch, rows)
+    losses = script.update_backtracking_model(model, sgd(model.parameters()), batch)
     assert float(losses["recall/backtracking_loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert float(losses["recall/action_nll"]) == pytest.approx(-float(parts[0].mean()), rel=1e-5)
     for weight, other in zip(model.parameters(), expected.parameters(), strict=True):
@@ -582,7 +583,8 @@ def linear():
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 1500)  # to an end without a jolt
     for _ in range(1500):
         rows = torch.from_numpy(rng.integers(len(batch.states), size=256))
-        script.update_backtracking_model(model, optimizer, batch, rows)
+        columns = [None if column is None else column[rows] for column in batch]
+        script.update_backtracking_model(model, optimizer, Batch(*columns))
         schedule.step()
     return rotation, pushes, batch, model
 
@@ -800,12 +802,12 @@ def test_what_the_training_loop_remembers_learns_from_and_recalls(tmp_path, monk
     def recorded_tuples(*args, held_out, high_value_states=script.high_value_states):
         found = high_value_states(*args, held_out=held_out)
         if not held_out:
-            phases.append({"tuples": found[0], "values": found[1], "rows": []})
+            phases.append({"tuples": found[0], "values": found[1], "batches": []})
         return found
 
-    def recorded_fit(model, optimizer, tuples, rows, fit=script.update_backtracking_model):
-        phases[-1]["rows"].append(rows)
-        return fit(model, optimizer, tuples, rows)
+    def recorded_fit(model, optimizer, batch, fit=script.update_backtracking_model):
+        phases[-1]["batches"].append(rows_of(batch))
+        return fit(model, optimizer, batch)
 
     def recorded_traces(model, starts, *args, recall_traces=script.recall_traces):
         if phases and "starts" not in phases[-1]:
@@ -836,8 +838,9 @@ def test_what_the_training_loop_remembers_learns_from_and_recalls(tmp_path, monk
         assert torch.equal(phase["starts"].unique(dim=0), best.unique(dim=0))
         assert not torch.equal(phase["starts"][:5], best[:5])  # the five of the first update are any of the best
         torch.testing.assert_close(phase["mean"], phase["tuples"].next_states.mean(0))
-        rows = torch.stack(phase["rows"])
-        assert rows.shape == (8, 256) and len(rows.unique()) == len(phase["values"])
+        assert [len(batch) for batch in phase["batches"]] == [256] * 8
+        learned = np.unique(np.concatenate(phase["batches"]), axis=0)  # all the most valuable tuples, and no others
+        assert np.array_equal(learned, np.unique(rows_of(phase["tuples"]), axis=0))
 
 
 @pytest.mark.parametrize("recall_every, recall_updates", [(10, 10), (10, 3), (7, 5), (10, 25)])
