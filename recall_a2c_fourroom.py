@@ -641,7 +641,10 @@ def evaluate_run(args: Args) -> None:
         fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
     envs = make_envs(saved, args.eval_episodes)
     actor = Actor(*envs.maze.next_cell.shape).to(args.device)
-    actor.load_state_dict(checkpoint["actor"])
+    try:
+        actor.load_state_dict(checkpoint["actor"])
+    except RuntimeError:  # networks of another task
+        fail(f"--evaluate: {args.evaluate / 'checkpoint.pt'} is not a checkpoint of this run")
     policy = policy_table(actor)
     returns, lengths, successes, _ = play(envs, policy, args.seed)
     for i in range(args.eval_episodes):

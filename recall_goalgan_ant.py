@@ -1019,7 +1019,10 @@ def evaluate_run(args: Args) -> None:
     goals = evaluation_goals(envs, saved)
     state_dim, action_dim = *envs.single_observation_space.shape, *envs.single_action_space.shape
     actor = Actor(Normaliser(state_dim), state_dim, action_dim, saved.hidden).to(args.device)
-    actor.load_state_dict(checkpoint["actor"])
+    try:
+        actor.load_state_dict(checkpoint["actor"])
+    except RuntimeError:  # networks of another task
+        fail(f"--evaluate: {args.evaluate / 'checkpoint.pt'} is not a checkpoint of this run")
     rng = np.random.default_rng([saved.seed, 4, checkpoint["step"]])
     returns = successes(envs, actor, goals, args.eval_episodes, rng).mean(-1)
     for i, coverage in enumerate(returns):

@@ -22,8 +22,8 @@ there; the policy imitates these recall traces. This file is all there is.
     python recall_sac.py --recall none                        # plain soft actor-critic
     python recall_sac.py --evaluate RUN_DIR                   # play the trained agent
 
-A run of 100 000 steps takes ten to forty minutes on one core. On HalfCheetah and Hopper recall traces may gain a
-little, but those of an untrained model no less: see docs/recall_sac.md.
+A run of 100 000 steps takes 20 to 40 minutes on one core. On HalfCheetah and Hopper recall traces may gain a little,
+but those of an untrained model no less: see docs/recall_sac.md.
 """
 
 import json
@@ -672,7 +672,7 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
     every = max(1, round(fps / 25))
     state, _ = env.reset(seed=args.seed)
     frames, done = [], False
-    for step in range(10 * fps):
+    for step in range(round(10 * fps)):
         if step % every == 0 or done:
             frames.append(Image.fromarray(env.render()))
             frames[-1].thumbnail((240, 240))
@@ -855,7 +855,10 @@ def evaluate_run(args: Args) -> None:
     torch.set_num_threads(args.torch_threads)
     envs = [make_env(saved) for _ in range(args.eval_episodes)]
     actor = Actor(*envs[0].observation_space.shape, *envs[0].action_space.shape, saved.hidden).to(args.device)
-    actor.load_state_dict(checkpoint["actor"])
+    try:
+        actor.load_state_dict(checkpoint["actor"])
+    except RuntimeError:  # networks of another task
+        fail(f"--evaluate: {args.evaluate / 'checkpoint.pt'} is not a checkpoint of this run")
     returns, lengths = play(envs, actor, saved)
     for i in range(args.eval_episodes):
         print(f"episode {i}: return {returns[i]:.2f} in {lengths[i]} steps")
@@ -1082,7 +1085,7 @@ def main(args: Args) -> None:
         log()
         write_pictures()
     if args.recall != "none" and "recall/start_value" not in losses:
-        why = "fewer than --recall-every updates, or nothing but terminal states"
+        why = "fewer than --recall-every updates, or fewer than two valuable tuples that are not terminal"
         print(f"no recall phase: {why}", file=sys.stderr)
     print(f"pictures, curves and the trained agent are in {args.run_dir}")
 

@@ -851,7 +851,7 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
     every = max(1, round(fps / 25))
     state, _ = env.reset(seed=args.seed)
     frames, done, policy = [], False, greedy_policy(actor)
-    for step in range(10 * fps):
+    for step in range(round(10 * fps)):
         if step % every == 0 or done:
             frames.append(Image.fromarray(env.render()))
             frames[-1].thumbnail((240, 240))
@@ -1027,7 +1027,10 @@ def evaluate_run(args: Args) -> None:
     envs = [make_env(saved) for _ in range(args.eval_episodes)]
     state_dim, action_dim = *envs[0].observation_space.shape, *envs[0].action_space.shape
     actor = Actor(Normaliser(state_dim), state_dim, action_dim, saved.hidden).to(args.device)
-    actor.load_state_dict(checkpoint["actor"])
+    try:
+        actor.load_state_dict(checkpoint["actor"])
+    except RuntimeError:  # networks of another task
+        fail(f"--evaluate: {args.evaluate / 'checkpoint.pt'} is not a checkpoint of this run")
     returns, lengths = play(envs, actor, saved)
     for i in range(args.eval_episodes):
         print(f"episode {i}: return {returns[i]:.2f} in {lengths[i]} steps")

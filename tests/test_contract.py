@@ -931,6 +931,14 @@ def save_larger_actor(path):
     torch.save(checkpoint, path)
 
 
+def save_actor_of_another_task(path):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["actor"] = {
+        key: value[..., 1:] if value.ndim == 2 else value for key, value in checkpoint["actor"].items()
+    }
+    torch.save(checkpoint, path)
+
+
 DAMAGES = {
     "cut short": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "empty": lambda path: path.write_bytes(b""),
@@ -938,6 +946,7 @@ DAMAGES = {
     "something else": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "incomplete": save_without_actor,
     "of another size": save_larger_actor,
+    "of another task": save_actor_of_another_task,
     "a bare tensor": lambda path: torch.save(torch.zeros(3), path),
     "attack": save_attack,
     "plain attack": save_plain_attack,
