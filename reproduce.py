@@ -370,8 +370,7 @@ FIGURES = {
         "ours",
         "Goal GAN: points in boxes of 2 to 6 dimensions",
         POINT_MASSES,
-        note="Section 6.3 names this task; its figures show mazes. At 4d474de the critic clipped extreme returns. "
-        "Recall traces of before 7e244a2, imitated after the last inner iteration.",
+        note="Section 6.3 names this task; its figures show mazes. At 4d474de the critic clipped extreme returns.",
         seeds=3,
     ),
     "step-size": PaperFigure(
