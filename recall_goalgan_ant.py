@@ -675,9 +675,9 @@ def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: Traj
     return tuple(as_tensor(x.astype(np.float32), args.device) for x in (states, goals))  # Alg. 2, line 4
 
 
-def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuples, rows: torch.Tensor) -> dict:
-    """One maximum likelihood step on these rows of the successful tuples (Alg. 1, line 9); returns losses."""
-    of_actions, of_changes = model.log_prob(tuples.states[rows], tuples.actions[rows], tuples.next_states[rows])
+def update_backtracking_model(model: BacktrackingModel, optimizer, batch: Tuples) -> dict[str, torch.Tensor]:
+    """One maximum likelihood step on some of the successful tuples (Alg. 1, line 9); returns losses."""
+    of_actions, of_changes = model.log_prob(batch.states, batch.actions, batch.next_states)
     losses = {"recall/action_nll": -of_actions.mean(), "recall/state_nll": -of_changes.mean()}
     losses["recall/backtracking_loss"] = sum(losses.values())  # Eq. (2)
     optimizer.zero_grad()
@@ -1216,7 +1216,8 @@ def main(args: Args) -> None:
             if args.recall == "learned":
                 shape = args.backtracking_updates, args.backtracking_batch_size
                 for rows in as_tensor(rng.integers(len(tuples.times), size=shape), args.device):
-                    losses |= update_backtracking_model(model, model_optimizer, tuples, rows)  # Alg. 1, line 9
+                    some = Tuples(*(column[rows] for column in tuples))
+                    losses |= update_backtracking_model(model, model_optimizer, some)  # Alg. 1, line 9
             # Alg. 1, lines 10 and 11: recall traces from states at the goals that the GAN proposes
             count = args.num_traces * args.recall_updates
             starts, their_goals = high_value_states(envs, gan, poses, buffer, count, args, rng)

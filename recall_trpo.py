@@ -638,9 +638,9 @@ def high_value_states(buffer: TrajectoryBuffer, args: Args) -> Tuples:
     return Tuples(*(as_tensor(column[chosen], args.device) for column in tuples))
 
 
-def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuples, rows: torch.Tensor) -> dict:
-    """One maximum likelihood step on these rows of the most valuable tuples (Alg. 1, line 9); returns losses."""
-    of_actions, of_changes = model.log_prob(tuples.states[rows], tuples.actions[rows], tuples.next_states[rows])
+def update_backtracking_model(model: BacktrackingModel, optimizer, batch: Tuples) -> dict[str, torch.Tensor]:
+    """One maximum likelihood step on some of the most valuable tuples (Alg. 1, line 9); returns losses."""
+    of_actions, of_changes = model.log_prob(batch.states, batch.actions, batch.next_states)
     losses = {"recall/action_nll": -of_actions.mean(), "recall/state_nll": -of_changes.mean()}
     losses["recall/backtracking_loss"] = sum(losses.values())  # Eq. (2)
     optimizer.zero_grad()
@@ -649,9 +649,9 @@ def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuple
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def update_forward_model(model: ForwardModel, optimizer, tuples: Tuples, rows: torch.Tensor) -> dict:
-    """One maximum likelihood step on these rows of the tuples (App. G); returns its loss."""
-    loss = -model.log_prob(Tuples(*(column[rows] for column in tuples))).mean()
+def update_forward_model(model: ForwardModel, optimizer, batch: Tuples) -> dict[str, torch.Tensor]:
+    """One maximum likelihood step on some of the tuples (App. G); returns its loss."""
+    loss = -model.log_prob(batch).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -1211,7 +1211,8 @@ def main(args: Args) -> None:
             if args.recall != "random":
                 shape = args.backtracking_updates, args.backtracking_batch_size
                 for rows in as_tensor(rng.integers(len(tuples.values), size=shape), args.device):
-                    losses |= update_model(model, model_optimizer, tuples, rows)  # Alg. 1, line 9
+                    some = Tuples(*(column[rows] for column in tuples))
+                    losses |= update_model(model, model_optimizer, some)  # Alg. 1, line 9
             # Alg. 1, lines 10 and 11: recall traces from the most valuable states
             chosen = rng.permutation(args.num_traces * args.recall_updates) % len(tuples.values)
             losses["recall/start_value"] = tuples.values[chosen].mean()

@@ -503,8 +503,8 @@ def test_what_never_changes_stays_as_it_is_when_imagined():
 
 def test_one_update_is_a_step_along_the_gradient_of_the_log_likelihood():
     """Eq. (2), and the forward model's likelihood"""
-    tuples, rows = random_tuples(), torch.tensor([3, 3, 17, 40])
-    some = Tuples(*(column[rows] for column in tuples))
+    tuples = random_tuples()
+    some = Tuples(*(column[[3, 3, 17, 40]] for column in tuples))
     for kind, update, name in (
         (BacktrackingModel, script.update_backtracking_model, "recall/backtracking_loss"),
         (ForwardModel, script.update_forward_model, "recall/forward_loss"),
@@ -519,7 +519,7 @@ def test_one_update_is_a_step_along_the_gradient_of_the_log_likelihood():
         loss, weights = -of_pairs.mean(), [*expected.parameters()]
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.data -= 0.1 * gradient
-        losses = update(model, sgd(model.parameters()), tuples, rows)
+        losses = update(model, sgd(model.parameters()), some)
         assert float(losses[name]) == pytest.approx(float(loss.detach()), rel=1e-5)
         for weight, other in zip(model.parameters(), weights, strict=True):
             torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6)
@@ -542,7 +542,8 @@ def linear():
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 1500)  # to an end without a jolt
         for _ in range(1500):
-            update(model, optimizer, tuples, torch.from_numpy(rng.integers(len(now), size=256)))
+            rows = torch.from_numpy(rng.integers(len(now), size=256))
+            update(model, optimizer, Tuples(*(column[rows] for column in tuples)))
             schedule.step()
     return rotation, pushes, tuples, *models
 
