@@ -458,6 +458,7 @@ def make_envs(args: Args, num_envs: int) -> FourRoomVectorEnv:
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "priority_alpha": 10, "priority_beta": 1, "buffer_size": 10**7, "size": 500}
 AT_MOST |= {"num_envs": 10**5, "num_steps": 10**5, "eval_episodes": 10**5, "seed": 2**63 - 1, "torch_threads": 1024}
+AT_MOST |= {"learning_rate": 1e38}
 
 
 def check(args: Args) -> None:

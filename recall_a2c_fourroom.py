@@ -537,6 +537,7 @@ def make_envs(args: Args, num_envs: int) -> FourRoomVectorEnv:
 
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "top_fraction": 1, "size": 500, "seed": 2**63 - 1, "torch_threads": 1024}
+AT_MOST |= {"learning_rate": 1e38}
 AT_MOST |= dict.fromkeys(("num_envs", "num_steps", "num_traces", "backtracking_batch_size", "eval_episodes"), 10**5)
 
 

@@ -584,8 +584,8 @@ def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args:
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     losses = update_actor(actor, states, actions, advantages, args)
     losses |= update_critic(critic, optimizer, states, returns, args, rng)
-    explained = 1 - (returns - as_tensor(values.ravel(), args.device)).var() / returns.var()
-    return losses | {"losses/explained_variance": explained}
+    left = (returns - as_tensor(values.ravel(), args.device)).var()
+    return losses | {"losses/explained_variance": 1 - left / returns.var().clamp(min=1e-8)}
 
 
 # ------------------------------------------------------------------------------------------------------ goals
@@ -887,8 +887,8 @@ def with_defaults(args: Args) -> Args:
 
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "least_success": 1, "most_success": 1, "seed": 2**63 - 1, "env_threads": 1024}
-AT_MOST |= {"hidden": 10**4}
-AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "critic_batch_size", "backtracking_batch_size"), 10**5)
+AT_MOST |= {"hidden": 10**4, "goal_distance": 10**6, "gan_lr": 1e38}
+AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "max_steps", "critic_batch_size", "backtracking_batch_size"), 10**5)
 AT_MOST |= dict.fromkeys(("num_goals", "num_replayed_goals", "gan_batch_size", "label_rollouts", "num_envs"), 10**5)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
 AT_MOST |= dict.fromkeys(("recall_updates", "backtracking_updates", "buffer_size"), 10**9)
@@ -906,8 +906,12 @@ def check(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
     if args.max_kl == 0:
         fail("--max-kl must be greater than 0, got 0.0")
+    if args.least_success >= args.most_success:
+        fail(f"--least-success must be less than --most-success, got {args.least_success}")
     if not 2 <= args.dims <= 6:
         fail(f"--dims must be from 2 to 6, got {args.dims}")
+    if args.dims != 2 and args.env_id != "PointMass-v0":
+        fail(f"--dims is for PointMass-v0, {args.env_id} has its own")
     if args.contact_forces and args.env_id != "AntUMaze-v0":
         fail(f"--contact-forces is for AntUMaze-v0, {args.env_id} has none")
     whole = with_defaults(args)
@@ -1181,8 +1185,9 @@ def main(args: Args) -> None:
                 everywhere = rngs["goals"].uniform(envs.goal_space.low, envs.goal_space.high, (1000, envs.goal_dim))
                 rollout, _ = collect_rollout(envs, actor, everywhere, args.num_steps, rngs["labels"])
                 visited = rollout.states[..., places].reshape(-1, envs.goal_dim)
-                update_goal_gan(gan, gan_optimizers, visited, np.ones(len(visited)), args, rngs["goals"])
+                losses |= update_goal_gan(gan, gan_optimizers, visited, np.ones(len(visited)), args, rngs["goals"])
             if step % outer_batch == 0:
+                check_losses()  # the environments take nan for "any goal"
                 new = draw_goals(gan, args.num_goals, args, rngs["goals"])
                 goals = np.concatenate((new, replay.sample(args.num_replayed_goals, rngs["goals"])))
 

@@ -616,8 +616,8 @@ def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args:
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     losses = update_actor(actor, states, actions, advantages, args)
     losses |= update_critic(critic, optimizer, states, returns, args, rng)
-    explained = 1 - (returns - as_tensor(values.ravel(), args.device)).var() / returns.var()
-    return losses | {"losses/explained_variance": explained}
+    left = (returns - as_tensor(values.ravel(), args.device)).var()
+    return losses | {"losses/explained_variance": 1 - left / returns.var().clamp(min=1e-8)}
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces

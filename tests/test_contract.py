@@ -65,6 +65,7 @@ SCRIPTS = {
             ("size", {"size": 10**7}),
             ("backtracking-batch-size", {"backtracking_batch_size": 10**9}),
             ("trace-length", {"size": 7, "trace_length": 50}),  # an episode ends after 7 * 7 steps
+            ("learning-rate", {"learning_rate": 1e39}),
         ),
     ),
     "per_a2c_fourroom": Script(
@@ -80,6 +81,7 @@ SCRIPTS = {
             ("size", {"size": 10**7}),
             ("priority-alpha", {"priority_alpha": 60.0}),
             ("priority-beta", {"priority_beta": 1.5}),
+            ("learning-rate", {"learning_rate": 1e39}),
         ),
         left_out=frozenset(flag for flag in FLAGS if flag.startswith(RECALL)),
         places=SCHAUL,
@@ -181,6 +183,11 @@ SCRIPTS = {
             ("trace-length", {"trace_length": 10**6}),
             ("backtracking-updates", {"backtracking_updates": 10**7}),
             ("num-envs", {"num_envs": 10**5, "num_steps": 10**5}),
+            ("max-steps", {"max_steps": 10**6}),
+            ("dims", {"env_id": "PointUMaze-v0", "dims": 3}),
+            ("least-success", {"least_success": 0.9, "most_success": 0.1}),
+            ("goal-distance", {"goal_distance": 1e155}),
+            ("gan-lr", {"gan_lr": 1e39}),
         ),
         left_out=frozenset({"top-fraction", "top-trajectories"}),
         tags=frozenset(

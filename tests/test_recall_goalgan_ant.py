@@ -143,6 +143,21 @@ def test_a_rollout_begins_at_the_start_and_gives_each_episode_one_of_the_goals()
     assert rollout.truncated.any() and rollout.terminated.any()
 
 
+def test_the_policy_explores_with_its_own_standard_deviation_in_rollouts_and_evaluations(monkeypatch):
+    points, actor, seen = PointUMazeVectorEnv(50, max_steps=20), make_actor(), []
+    actor.log_std.data[:] = torch.tensor([-1.0, 0.5])
+    rollout, _ = script.collect_rollout(points, actor, np.array([[4.0, 4.0]]), 100, np.random.default_rng(0))
+    choose, step = script.greedy_actions, points.step
+    monkeypatch.setattr(script, "greedy_actions", lambda *args: seen.append(choose(*args)) or seen[-1])
+    monkeypatch.setattr(points, "step", lambda actions: seen.append(actions) or step(actions))
+    script.successes(points, actor, np.array([[4.0, 4.0]]), 250, np.random.default_rng(0))
+    of_rollout = rollout.actions - choose(actor, rollout.states)
+    for noise in (of_rollout.reshape(-1, 2), np.concatenate(seen[1::2]) - np.concatenate(seen[::2])):
+        assert len(noise) >= 5000
+        np.testing.assert_allclose(noise.mean(0), 0, atol=0.1)
+        np.testing.assert_allclose(noise.std(0), np.exp([-1.0, 0.5]), rtol=0.05)
+
+
 def test_the_buffer_holds_the_newest_trajectories_that_reached_their_goal(tmp_path):
     buffer, expected = TrajectoryBuffer(40, 4), []
     for rollout, _ in rollouts(6):
@@ -217,6 +232,7 @@ def test_high_value_states_are_standing_ants_that_have_just_reached_generated_go
     assert distances.amin(1).max() < 1e-5 and (states[:, ants.places] - goals).norm(dim=1).min() > 0.2
     heights = {round(float(z), 4) for z in poses[:, 3]}
     assert {round(float(z), 4) for z in states[:, 2]} <= heights
+    assert len(states[:, 2].unique()) > 3
 
 
 def test_steps_at_a_goal_are_those_at_which_the_environment_ends_an_episode():
@@ -244,9 +260,9 @@ def test_traces_are_relabelled_with_the_goal_at_their_end():
 def test_imitation_raises_the_log_probability_of_the_traces_no_more_than_it_may(imitation_kl):
     """Eq. (3)"""
     actor = make_actor()
-    states, actions = randn(50, 6), 0.3 * randn(50, 2, seed=1)
+    states, actions = randn(50, 6), randn(50, 2, seed=1).clamp(-1, 1)  # a third of them at a bound
     expected, before = copy.deepcopy(actor), parameters_to_vector(actor.parameters()).detach().clone()
-    loss = -expected.log_prob(states, actions).mean()
+    loss = -expected.log_prob_of_clipped(states, actions).mean()
     gradients = torch.autograd.grad(loss, [*expected.parameters()])
     sgd = torch.optim.SGD(actor.parameters(), lr=0.05)
     losses = script.imitate(actor, sgd, [(states, actions)], states, Args(imitation_kl=imitation_kl))
@@ -256,7 +272,7 @@ def test_imitation_raises_the_log_probability_of_the_traces_no_more_than_it_may(
     if imitation_kl:
         direction = -parameters_to_vector(gradients)
         assert torch.cosine_similarity(change, direction, dim=0) > 0.999
-        assert actor.log_prob(states, actions).mean() > -loss
+        assert actor.log_prob_of_clipped(states, actions).mean() > -loss
 
 
 def test_traces_are_compared_with_what_really_led_to_the_goals():
@@ -296,7 +312,17 @@ def test_sizes_and_other_defaults_of_each_environment():
     assert ant.total_timesteps == 40 * 5 * 100_000
     given = (script.with_defaults(Args(env_id=ant.env_id, imitation_kl=kl)).imitation_kl for kl in (0.0, 0.1))
     assert (ant.imitation_kl, point.imitation_kl, *given) == (0.005, 0.02, 0.0, 0.1)
-    assert math.isclose(script.make_envs(ant, 1).tolerance, 1.0) and script.make_envs(ant, 1).max_steps == 500
+    assert math.isclose(script.make_envs(ant, 1).tolerance, 1.0)
+    limits = [script.make_envs(args, 1, evaluation=e).max_steps for args in (ant, point) for e in (False, True)]
+    assert limits == [500, 400, 200, 200]
+
+
+def test_coverage_of_a_point_mass_is_measured_on_50_goals_that_can_be_reached():
+    args = Args(env_id="PointMass-v0", dims=3)
+    goals = script.evaluation_goals(script.make_envs(args, 1), args)
+    assert goals.shape == (50, 3) and len(np.unique(goals, axis=0)) == 50
+    assert (np.abs(goals) <= [1, 5, 0.3]).all() and (np.abs(goals).max(0) > [0.9, 4.5, 0.27]).all()
+    assert np.array_equal(script.evaluation_goals(script.make_envs(args, 1), args), goals)
 
 
 @pytest.mark.parametrize("learn_std", [False, True])
@@ -307,6 +333,20 @@ def test_the_standard_deviation_is_learned_only_where_told(learn_std, tmp_path):
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert "recall/imitation_loss" in checkpoint["losses"] and checkpoint["losses"]["losses/kl"] > 0
     assert torch.equal(checkpoint["actor"]["log_std"], torch.zeros(2)) == (not learn_std)
+
+
+def test_a_goal_gan_that_diverges_ends_the_run_before_its_goals_are_used(tmp_path):
+    sizes = {"num_envs": 10, "num_steps": 40, "max_steps": 20, "total_timesteps": 4000, "checkpoint_every": 10**6}
+    with pytest.raises(SystemExit, match="losses/.* is .* at step 0"):
+        script.main(Args(env_id="PointUMaze-v0", run_dir=tmp_path / "run", gan_lr=1e10, eval_episodes=1, **sizes))
+
+
+def test_returns_that_are_all_alike_stop_no_run(tmp_path):
+    """With a discount factor of 0 and nothing reached all are 0."""
+    sizes = {"num_envs": 4, "num_steps": 5, "max_steps": 5, "total_timesteps": 40, "eval_episodes": 1}
+    script.main(Args(env_id="PointMass-v0", run_dir=tmp_path / "run", gamma=0.0, recall="none", **sizes))
+    losses = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["losses"]
+    assert losses["losses/kl"].isfinite() and losses["losses/explained_variance"].isfinite()
 
 
 @pytest.mark.parametrize("reached", [False, True])
@@ -336,8 +376,9 @@ def test_recall_follows_the_first_inner_iteration(inner_iterations, recall_every
 
 
 def test_goals_labels_and_traces_go_where_they_belong(tmp_path, monkeypatch):
-    """Goals stay for an outer iteration; the GAN learns their labels, the replay keeps the intermediate ones, and no
-    step at its goal is imitated."""
+    """Goals stay for an outer iteration, old ones among them; the GAN learns their labels, the replay keeps the
+    intermediate ones and places just visited, the model learns from all successes, and no step at its goal is imitated.
+    """
     calls = []
 
     def spy(name, owner=script):
@@ -352,10 +393,13 @@ def test_goals_labels_and_traces_go_where_they_belong(tmp_path, monkeypatch):
 
     for name in ("collect_rollout", "successes", "update_goal_gan", "recall_traces", "outside", "imitate"):
         spy(name)
+    for name in ("successful_tuples", "update_backtracking_model"):
+        spy(name)
     spy("add", GoalReplay)
     sizes = {"num_envs": 20, "num_steps": 60, "max_steps": 20, "inner_iterations": 2, "total_timesteps": 4 * 2 * 1200}
     sizes |= {"num_goals": 20, "label_rollouts": 3, "gan_updates": 10, "eval_episodes": 1, "eval_every": 10**6}
     sizes |= {"trace_limit": 1e6, "num_traces": 8, "recall_updates": 2, "backtracking_updates": 20}
+    sizes |= {"goal_distance": 0.02, "num_replayed_goals": 10}
     script.main(Args(env_id="PointUMaze-v0", run_dir=tmp_path / "run", **sizes))
 
     _, (_, _, visited, labels, *_), _ = next(call for call in calls if call[0] == "update_goal_gan")
@@ -373,14 +417,27 @@ def test_goals_labels_and_traces_go_where_they_belong(tmp_path, monkeypatch):
         assert rates.shape == (len(tried[2]),)
         assert np.array_equal(learned[2], tried[2]) and np.array_equal(learned[3], (rates > 0.1) & (rates < 0.9))
         kept = tried[2][(rates > 0.1) & (rates < 0.9)]
-        assert np.array_equal(added[1][: len(kept)], kept) and len(added[1]) > len(kept)
+        assert np.array_equal(added[1][: len(kept)], kept)
+        rollout = next(result[0] for name, _, result in calls[i::-1] if name == "collect_rollout")
+        visited = rollout.next_states[..., :2].reshape(-1, 2)
+        assert np.array_equal(np.sort(added[1][len(kept) :], axis=0), np.sort(visited, axis=0))
         intermediate += len(kept)
     assert intermediate > 0
+    replay = next(args[0] for name, args, _ in calls if name == "add")  # as it is at the end
+    assert [len(some) for some in goals[::2]] == [20, 30, 30, 30]
+    assert all((some[20:, None] == replay.goals).all(-1).any(1).all() for some in goals[::2])
 
     phases = [i for i, name in enumerate(names) if name == "imitate"]
     assert len(phases) >= 2
     for i in phases:
         (_, _, (states, actions, in_trace)), (_, (_, goals, _), far), (_, imitated, _) = calls[i - 2 : i + 1]
+        assert names[i - 23 : i - 2] == ["successful_tuples"] + 20 * ["update_backtracking_model"]
+        (_, _, tuples), *updates = calls[i - 23 : i - 2]
+        learned = torch.cat([args[2].next_states for _, args, _ in updates])
+        assert len(learned) == 20 * 256
+        assert len(learned.unique(dim=0)) > 0.9 * len(tuples.next_states.unique(dim=0)) > 40
+        rollout = next(result[0] for name, _, result in calls[i::-1] if name == "collect_rollout")
+        assert torch.equal(imitated[3], torch.from_numpy(rollout.states).flatten(0, 1))
         assert 0 < (in_trace & far).sum() < in_trace.sum()
         for part, (pairs, their_actions) in enumerate(imitated[2]):
             some = slice(8 * part, 8 * part + 8)
@@ -388,6 +445,9 @@ def test_goals_labels_and_traces_go_where_they_belong(tmp_path, monkeypatch):
             relabelled = goals[some].expand(len(states), 8, 2)
             assert torch.equal(pairs, torch.cat((states[:, some], relabelled), dim=-1)[mask])
             assert torch.equal(their_actions, actions[:, some][mask])
+    model = calls[phases[-1] - 2][1][0]  # as it is at the end
+    torch.testing.assert_close(model.state_mean, tuples.next_states.mean(0))
+    torch.testing.assert_close(model.action_std, tuples.actions.std(0))
 
 
 @pytest.mark.parametrize("env_id", ["AntUMaze-v0", "PointUMaze-v0"])

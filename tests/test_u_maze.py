@@ -149,6 +149,10 @@ def test_the_goal_ends_an_episode_with_a_reward_and_the_time_limit_without(env_i
         assert rewards.tolist() == [1.0, 0.0] and terminated.tolist() == [True, False]
         assert truncated.tolist() == [False, step == 2]
         assert infos["distance"][0] < 0.1 and infos["distance"][1] == pytest.approx(4.0, abs=0.1)
+    at_once = gym.make_vec(env_id, num_envs=2, vectorization_mode="vector_entry_point", max_steps=1, **options)
+    at_once.reset(seed=1, options={"goals": goals})
+    _, _, terminated, truncated, _ = at_once.step(np.zeros(envs_.action_space.shape))
+    assert terminated.tolist() == [True, False] and truncated.tolist() == [False, True]  # never both
 
 
 @every_env
@@ -224,6 +228,17 @@ def test_an_episode_is_long_enough_to_reach_every_place():
     assert reached.all()
 
 
+def test_point_masses_move_as_under_a_constant_acceleration():
+    points = PointMassVectorEnv(1, 3, max_steps=10**6)
+    points.reset(seed=1, options={"goals": np.full((1, 3), 5.0)})
+    actions = np.array([[0.1, -1.0, 0.02]])
+    for n in range(1, 51):
+        points.step(actions)
+        velocity = 0.02 * n * 2 * actions
+        position = 0.02 * 0.02 * n * (n + 1) / 2 * 2 * actions  # each step with the velocity at its end
+        np.testing.assert_allclose(points.states, np.concatenate((position, velocity), axis=1))
+
+
 @pytest.mark.parametrize("dims", [2, 3, 6])
 def test_point_masses_stay_in_their_box_and_keep_to_their_speed(dims):
     points, rng = PointMassVectorEnv(20, dims, max_steps=10**6), np.random.default_rng(0)
@@ -245,7 +260,9 @@ def test_feasible_states_are_ants_that_stand_and_can_be_put_anywhere():
     poses = ants.feasible_states(30, np.random.default_rng(0))
     assert np.array_equal(ants.states, before)
     assert poses.shape == (30, 30) and ((poses[:, 3] >= 0.3) & (poses[:, 3] <= 1.0)).all()
-    assert len(np.unique(poses[:, 8:16].round(3), axis=0)) == 30
+    joints = poses[:, 8:16]
+    assert len(np.unique(joints.round(3), axis=0)) == 30
+    assert joints.std(0).min() > 0.2  # radians
     goals = np.random.default_rng(1).uniform(-1, 5, (30, 2))
     seen = ants.decode(goals, poses)
     np.testing.assert_allclose(seen[:, 38:40], goals, atol=1e-6)
