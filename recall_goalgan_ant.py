@@ -25,7 +25,8 @@ This file and the mazes in envs are all there is.
     python recall_goalgan_ant.py --recall none                # Goal GAN alone
     python recall_goalgan_ant.py --evaluate RUN_DIR           # measure coverage, play the trained agent
 
-Recall traces may be ahead in the maze of the point mass; the ant gained nothing: see docs/recall_goalgan_ant.md.
+The point mass reaches 90 % of the maze after 13 outer iterations with recall traces, 17 without (20 seeds, 40 of them
+take 6 minutes on one core); three seeds of the ant show no difference: see docs/recall_goalgan_ant.md.
 """
 
 import json
@@ -888,8 +889,9 @@ def with_defaults(args: Args) -> Args:
 
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "least_success": 1, "most_success": 1, "seed": 2**63 - 1, "env_threads": 1024}
 AT_MOST |= {"hidden": 10**4, "goal_distance": 10**6, "gan_lr": 1e38}
-AT_MOST |= dict.fromkeys(("num_traces", "num_steps", "max_steps", "critic_batch_size", "backtracking_batch_size"), 10**5)
-AT_MOST |= dict.fromkeys(("num_goals", "num_replayed_goals", "gan_batch_size", "label_rollouts", "num_envs"), 10**5)
+AT_MOST |= dict.fromkeys(("num_traces", "critic_batch_size", "backtracking_batch_size", "max_steps"), 10**5)
+AT_MOST |= dict.fromkeys(("num_goals", "num_replayed_goals", "gan_batch_size", "label_rollouts"), 10**5)
+AT_MOST |= dict.fromkeys(("num_envs", "num_steps"), 10**5)
 AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
 AT_MOST |= dict.fromkeys(("recall_updates", "backtracking_updates", "buffer_size"), 10**9)
 
