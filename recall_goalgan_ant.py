@@ -25,8 +25,8 @@ This file and the mazes in envs are all there is.
     python recall_goalgan_ant.py --recall none                # Goal GAN alone
     python recall_goalgan_ant.py --evaluate RUN_DIR           # measure coverage, play the trained agent
 
-The point mass reaches 90 % of the maze after 13 outer iterations with recall traces, 17 without (20 seeds, 40 of them
-take 6 minutes on one core); three seeds of the ant show no difference: see docs/recall_goalgan_ant.md.
+The point mass reaches 90 % of the maze after 13 outer iterations with recall traces, 17 without (20 seeds; a run of 40
+outer iterations takes 6 minutes on a core). Three seeds of the ant show no difference; see docs/recall_goalgan_ant.md.
 """
 
 import json
@@ -909,7 +909,7 @@ def check(args: Args) -> None:
     if args.max_kl == 0:
         fail("--max-kl must be greater than 0, got 0.0")
     if args.least_success >= args.most_success:
-        fail(f"--least-success must be less than --most-success, got {args.least_success}")
+        fail(f"--least-success must be less than --most-success, got {args.least_success} and {args.most_success}")
     if not 2 <= args.dims <= 6:
         fail(f"--dims must be from 2 to 6, got {args.dims}")
     if args.dims != 2 and args.env_id != "PointMass-v0":
