@@ -942,7 +942,7 @@ def check(args: Args) -> None:
 def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
     """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
 
-    Of all other flags only its own may differ from the run's. One given with its default value looks as if not given.
+    Of all other flags only its own may differ from the run's.
     """
     run_dir = getattr(args, name)
     try:
@@ -957,11 +957,13 @@ def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | 
     except Exception:  # torch.load raises a different one for every way in which a file can be damaged
         fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
     saved.run_dir = run_dir
+    words = [word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv]
     for field in fields(args):
-        given, old = getattr(args, field.name), getattr(saved, field.name)
-        if field.name not in (name, *own) and given not in (field.default, old):
-            flag, others = (f"--{word}".replace("_", "-") for word in (field.name, ", --".join(own)))
-            fail(f"{flag} cannot change with --{name}, the run has {old}; only {others} may")
+        flag, value, old = f"--{field.name}".replace("_", "-"), getattr(args, field.name), getattr(saved, field.name)
+        given = value != field.default or flag in words  # a flag may be given with its default value
+        if field.name not in (name, *own) and given and value != old:
+            others = ", --".join(own).replace("_", "-")
+            fail(f"{flag} cannot change with --{name}, the run has {old}; only --{others} may")
     return saved, checkpoint
 
 

@@ -1006,6 +1006,21 @@ def test_refuses_to_resume_with_other_arguments(name, tmp_path, refuse, finished
         refuse(name, "total-timesteps", resume=run, total_timesteps=fewer)
 
 
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+@every_script
+def test_refuses_a_default_value_if_the_run_has_another(name, flag, tmp_path, refuse, monkeypatch, finished):
+    run = Path(shutil.copytree(finished(name), tmp_path / "run"))
+    default = importlib.import_module(name).Args.checkpoint_every
+    for words in (["--checkpoint-every", str(default)], [f"--checkpoint_every={default}"]):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", f"--{flag}", str(run), *words])
+        refuse(name, "checkpoint-every", **{flag: run})
+    if flag == "resume":
+        arguments = json.loads((run / "args.json").read_text())
+        (run / "args.json").write_text(json.dumps(arguments | {"capture_video": True}))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--resume", str(run), "--no-capture-video"])
+        refuse(name, "capture-video", resume=run)
+
+
 @every_script
 def test_refuses_to_evaluate_with_arguments_that_it_would_ignore(name, tmp_path, refuse, finished):
     run = Path(shutil.copytree(finished(name), tmp_path / "run"))
