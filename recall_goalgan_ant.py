@@ -54,7 +54,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.u_maze import FREE, GoalVectorEnv, coverage_goals, draw_coverage
+from envs.u_maze import FREE, GoalVectorEnv, coverage_goals, draw_coverage, draw_maze
 
 
 @dataclass
@@ -811,27 +811,23 @@ def write_video(path: Path, args: Args, actor: Actor) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0)
 
 
-def draw_traces(model: BacktrackingModel, compared: Comparison) -> Figure:
-    """Imagined and real backward trajectories in the plane in which the real ones vary most, and the error by step."""
+def draw_traces(model: BacktrackingModel, compared: Comparison, envs: GoalVectorEnv, args: Args) -> Figure:
+    """Imagined and real backward trajectories over the maze (or two dimensions of the box), and the error by step."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     plane, errors = figure.subplots(1, 2)
-    real, imagined, starts = (
-        (x - model.state_mean) / model.state_std for x in (compared.real, compared.imagined, compared.starts)
-    )
-    there = real[compared.known]
-    axes = torch.linalg.svd(there - there.mean(0), full_matrices=False)[2][:2].T
-    shown = compared.known.sum(0).argsort(descending=True, stable=True)[:8].tolist()
+    if args.env_id != "PointMass-v0":
+        draw_maze(plane)
+    starts, real, imagined = (x[..., envs.places][..., :2] for x in (compared.starts, compared.real, compared.imagined))
+    shown = compared.known.sum(0).argsort(descending=True, stable=True)[:32].tolist()
     for label, states, kept, style in (
         ("real", real, compared.known, "k-"),
         ("imagined", imagined, compared.in_trace, "C1-"),
     ):
         for n, i in enumerate(shown):
-            way = torch.cat((starts[None, i], states[:, i][kept[:, i]])) @ axes
+            way = torch.cat((starts[None, i], states[:, i][kept[:, i]]))
             plane.plot(*way.T.cpu().numpy(), style, lw=1, alpha=0.7, marker=".", ms=3, label=None if n else label)
-    plane.plot(*(starts[shown] @ axes).T.cpu().numpy(), "C0*", ms=9, ls="", label="high-value state")
-    plane.set(
-        title="Backward trajectories from high-value states", xlabel="1st principal axis", ylabel="2nd principal axis"
-    )
+    plane.plot(*starts[shown].T.cpu().numpy(), "C0*", ms=9, ls="", label="high-value state")
+    plane.set(title="Backward trajectories from high-value states", xlabel="x [m]", ylabel="y [m]")
     still = compared._replace(imagined=compared.starts.expand_as(compared.real))
     steps = np.arange(1, len(compared.real) + 1)
     errors.plot(steps, trace_errors(model, compared).cpu(), "C1", marker=".", label="imagined")
@@ -840,8 +836,8 @@ def draw_traces(model: BacktrackingModel, compared: Comparison) -> Figure:
     errors.plot(steps, survival, "C2:", label="share of traces inside the data")
     errors.set(title="Distance from the real predecessors", xlabel="steps back", ylim=(0, None))
     errors.set_ylabel("standard deviations of the states")
-    for ax in (plane, errors):
-        ax.legend()
+    plane.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    errors.legend()
     return figure
 
 
@@ -1167,7 +1163,7 @@ def main(args: Args) -> None:
         title = f"{args.env_id}, recall {args.recall}, seed {args.seed}"
         show("returns", draw_curve(evaluations, outer_batch, title))
         if compared := compare():
-            show("traces", draw_traces(model, compared))
+            show("traces", draw_traces(model, compared, envs, args))
         if args.capture_video:
             write_video(args.run_dir / "agent.gif", args, actor)
 

@@ -415,18 +415,18 @@ def draw_coverage(rates: np.ndarray, title: str = ""):
 
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    for x, y in WALLS:
-        axes.add_patch(_square(x, y, BLOCK, facecolor="0.6"))
+    draw_maze(axes)
     heat = axes.scatter(*coverage_goals().T, c=rates, cmap="coolwarm", vmin=0, vmax=1, marker="s", s=180)
     figure.colorbar(heat, ax=axes, shrink=0.9, label="success rate")
-    axes.text(0, 0, "S", ha="center", va="center", weight="bold")
-    axes.set(
-        title=title, xlim=(LOW[0], HIGH[0]), ylim=(LOW[1], HIGH[1]), aspect="equal", xlabel="x [m]", ylabel="y [m]"
-    )
+    axes.set_title(title)
     return figure
 
 
-def _square(x: float, y: float, size: float, **style):
+def draw_maze(axes) -> None:
+    """Draws the walls and the start into matplotlib's `axes`."""
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x - size / 2, y - size / 2), size, size, **style)
+    for corner in WALLS - BLOCK / 2:
+        axes.add_patch(Rectangle(corner, BLOCK, BLOCK, facecolor="0.6"))
+    axes.text(0, 0, "S", ha="center", va="center", weight="bold")
+    axes.set(xlim=(LOW[0], HIGH[0]), ylim=(LOW[1], HIGH[1]), aspect="equal", xlabel="x [m]", ylabel="y [m]")

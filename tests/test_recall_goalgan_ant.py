@@ -45,7 +45,7 @@ def rollouts(count, num_steps=30, num_envs=6, goals=((0.1, 0.1), (0.35, 0.0), (4
 
 SAME = ["mlp", "Normaliser", "Actor", "Critic", "generalized_advantages", "kl_divergence"]
 SAME += ["fisher_matrix", "conjugate_gradients", "update_actor", "update_critic", "update_trpo"]
-SAME += ["BacktrackingModel", "update_backtracking_model", "recall_traces", "trace_errors", "draw_traces"]
+SAME += ["BacktrackingModel", "update_backtracking_model", "recall_traces", "trace_errors"]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -290,6 +290,23 @@ def test_traces_are_compared_with_what_really_led_to_the_goals():
         assert compared.known[:, i].tolist() == [step < length for step in range(6)]
         real = compared.real[:length, i].numpy()
         assert np.array_equal(real, trajectory.states[::-1][:length])
+
+
+def test_traces_are_drawn_where_the_agent_was():
+    """From the high-value state on, as far as predecessors are known; an ant is where its centre of mass is."""
+    args = script.with_defaults(Args(env_id="AntUMaze-v0", env_threads=1))
+    starts, real, imagined = randn(5, 41), randn(4, 5, 41, seed=1), randn(4, 5, 41, seed=2)
+    known, in_trace = torch.arange(4)[:, None] < torch.arange(5), torch.ones(4, 5, dtype=torch.bool)
+    compared = script.Comparison(starts, real, known, imagined, randn(4, 5, 8), in_trace)
+    figure = script.draw_traces(BacktrackingModel(41, 8), compared, script.make_envs(args, 1), args)
+    lines = [line.get_xydata() for line in figure.axes[0].lines]
+    for i in range(5):
+        order = 4 - i  # those of which most is known are drawn first
+        for line, states, kept in ((lines[order], real, known), (lines[5 + order], imagined, in_trace)):
+            way = torch.cat((starts[None, i], states[:, i][kept[:, i]]))[:, 38:40]
+            np.testing.assert_allclose(line, way, rtol=1e-6)
+    np.testing.assert_allclose(lines[10][::-1], starts[:, 38:40], rtol=1e-6)
+    assert len(figure.axes[0].patches) == 18  # walls
 
 
 def test_what_never_changes_stays_as_it_is_in_traces():
