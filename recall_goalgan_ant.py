@@ -16,14 +16,14 @@
 # ///
 """Goal GAN with trust region policy optimization and recall traces (Goyal et al., ICLR 2019, sections 6.3, A, C and D).
 
-An ant in a U-shaped maze learns to reach every place. A generative adversarial network proposes goals that are neither
+An ant in a U-shaped maze is to reach every place. A generative adversarial network proposes goals that are neither
 too easy nor too hard; a backtracking model imagines what may lead to them, and the policy imitates these recall traces.
 This file and the mazes in envs are all there is.
 
     python recall_goalgan_ant.py --env-id PointUMaze-v0       # a point mass in the maze
-    python recall_goalgan_ant.py --capture-video              # the ant, with the paper's batch
+    python recall_goalgan_ant.py --capture-video              # the ant, with Goal GAN's batch
     python recall_goalgan_ant.py --recall none                # Goal GAN alone
-    python recall_goalgan_ant.py --evaluate RUN_DIR           # measure coverage, play the trained agent
+    python recall_goalgan_ant.py --evaluate RUN_DIR           # measure the trained agent's coverage
 
 The point mass reaches 90 % of the maze after 13 outer iterations with recall traces, 17 without (20 seeds; a run of 40
 outer iterations takes 6 minutes on a core). Three seeds of the ant show no difference; see docs/recall_goalgan_ant.md.
@@ -95,7 +95,7 @@ class Args:
     dims: int = 2
     """dimensions of PointMass-v0"""
     max_steps: int | None = None
-    """steps of an episode at most; if not given, 500 for the ant (400 in evaluations) and 200 for the others"""
+    """steps of an episode at most, evaluations too; if not given, 500 for the ant (400 in evaluations), else 200"""
 
     # trust region policy optimization
     num_steps: int | None = None
@@ -153,11 +153,11 @@ class Args:
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
     num_traces: int = 64
-    """N, recall traces per imitation update"""
+    """high-value states per imitation update, from each of which one recall trace starts (N = 1)"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
     recall_every: int = 1
-    """outer iterations per recall phase, which follows the first inner iteration of one of them"""
+    """a recall phase comes every so many outer iterations, after the first inner iteration"""
     recall_updates: int = 20
     """imitation updates per recall phase, each with new traces"""
     buffer_size: int = 100_000
@@ -1211,7 +1211,7 @@ def main(args: Args) -> None:
                 visited = visited[np.isfinite(visited).all(-1)]  # a simulation may break
                 replay.add(np.concatenate((goals[labels], rngs["goals"].permutation(visited)[:10_000])))
 
-            # Recall follows the first inner iteration on new goals, so that the others mend what imitation breaks.
+            # Recall follows the first inner iteration on new goals, which did best in trials (docs, What was tried).
             if args.recall == "none" or (step - batch) % (outer_batch * args.recall_every):
                 continue
             tuples, rng = successful_tuples(buffer, args.device), rngs["recall"]  # Alg. 1, line 8

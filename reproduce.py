@@ -117,7 +117,7 @@ GOAL_GAN = {
     "laptop": "--total-timesteps 4000000",
     "paper": "--total-timesteps 4000000",
 }
-# 40 outer iterations with half the paper's batch for the ant; at the paper's scale 155.
+# 40 outer iterations with half of Goal GAN's batch for the ant; at the paper's scale 155.
 GOAL_GAN_ANT = GOAL_GAN | {
     "laptop": "--total-timesteps 10000000 --num-envs 100",
     "paper": "--total-timesteps 77500000",
@@ -270,7 +270,7 @@ FIGURES = {
             *tasks(("AntUMaze-v0",), GOALS, *COVERAGE_MAPS),
             *tasks(("AntUMaze-v0",), GOALS, *COVERAGE_CURVES),
         ),
-        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's.",
+        note="With --scale laptop an outer iteration is 250 000 steps, half of Goal GAN's.",
         seeds=3,
     ),
     "fig6": PaperFigure(
@@ -317,7 +317,7 @@ FIGURES = {
             *heat_maps("AntUMaze-v0", 1_250_000, 5_000_000, 10_000_000),
             *tasks(("AntUMaze-v0",), GOALS, *COVERAGE_CURVES),
         ),
-        note="With --scale laptop an outer iteration is 250 000 steps, half the paper's.",
+        note="With --scale laptop an outer iteration is 250 000 steps, half of Goal GAN's.",
         seeds=3,
     ),
     "fig13": PaperFigure(

@@ -1,4 +1,4 @@
-"""A point mass in a narrow box of many dimensions (Held et al., 2018; Recall Traces, Figure 11).
+"""A point mass in a narrow box of many dimensions (Held et al., 2018; Recall Traces, 6.3).
 
 Goals are wanted in all of [-5, 5]^N, but only a thin part of that can be reached: |x_1| <= 1, |x_2| <= 5, and 0.3 in
 every further dimension. So the more dimensions, the smaller the share of goals that is worth trying.

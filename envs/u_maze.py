@@ -1,8 +1,8 @@
 """U-mazes with an ant and with a point mass, and goals anywhere in them (Held et al., 2018; Recall Traces, 6.3).
 
-    #####   Five by five blocks of 2 m. The agent starts at S, (0, 0), and has to come near a goal, which may lie in any
-    #S..#   of the seven free blocks; x points right, y down. One who gets within `tolerance` of the goal
-    ###.#   has a reward of 1, and the episode ends; every other step has a reward of 0.
+    #####   Five by five blocks of 2 m; x points right, y down (in pictures, up). The agent starts at S, (0, 0), and has
+    #S..#   to come near a goal: somewhere in the seven free blocks, or where `next_goals` says, even in a wall. Within
+    ###.#   `tolerance` of it the reward is 1, and the episode ends; every other step has a reward of 0.
     #...#
     #####   Observations end with the goal. `GoalVectorEnv` steps many environments as arrays, `GoalEnv` is one of them
             for `gym.make`. `coverage_goals` is the grid on which coverage is measured, `draw_coverage` draws it.
@@ -63,6 +63,7 @@ class GoalVectorEnv(VectorEnv):
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    autoreset = True
     places = slice(0, 2)
 
     def __init__(self, num_envs: int, sizes: tuple[int, int, int], goals_between, max_steps: int, tolerance: float):
@@ -119,7 +120,7 @@ class GoalVectorEnv(VectorEnv):
         truncated = (self.steps >= self.max_steps) & ~terminated
         infos = {"distance": distance, "_distance": np.ones(self.num_envs, bool)}
         done = terminated | truncated
-        if np.count_nonzero(done):
+        if self.autoreset and np.count_nonzero(done):
             infos |= {"final_obs": observations, "_final_obs": done, "final_info": {}, "_final_info": done.copy()}
             self._begin(done)
             observations = observations.copy()
@@ -167,26 +168,25 @@ class GoalEnv(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
 
     def __init__(self, make: type[GoalVectorEnv], render_mode: str | None = None, **options):
-        self.envs, self.render_mode, self.begun = make(1, **options), render_mode, False
+        self.envs, self.render_mode = make(1, **options), render_mode
+        self.envs.autoreset = False  # so that the last state of an episode can be rendered
         self.observation_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         super().reset(seed=seed)
-        if self.begun and seed is None and not options:  # the vector environment has begun the next episode by itself
-            self.begun = False
-            return self.envs.observations()[0], {}
-        self.begun = False
         observations, _ = self.envs.reset(seed=None if seed is None else [seed], options=options)
         return observations[0], {}
 
     def step(self, action: np.ndarray):
         observations, rewards, terminated, truncated, infos = self.envs.step(np.asarray(action)[None])
-        last = infos.get("final_obs", observations)
-        info, self.begun = {"distance": float(infos["distance"][0])}, "final_obs" in infos
-        return last[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), info
+        info = {"distance": float(infos["distance"][0])}
+        return observations[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self):
         return self.envs.image() if self.render_mode == "rgb_array" else None
+
+    def close(self) -> None:
+        self.envs.close()
 
 
 # ------------------------------------------------------------------------------------------------------ ant

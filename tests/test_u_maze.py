@@ -277,6 +277,20 @@ def test_coverage_is_drawn_red_where_the_agent_succeeds():
     assert low[2] > low[0] and high[0] > high[2]
 
 
+def test_the_last_picture_of_an_episode_shows_where_it_ended():
+    point = gym.make("PointUMaze-v0", render_mode="rgb_array", max_steps=30)
+    point.reset(seed=0, options={"goals": np.array([4.0, 0.0])})
+    truncated = False
+    while not truncated:
+        observation, _, terminated, truncated, _ = point.step(np.array([1, 0], np.float32))
+    red, green, blue = point.render().astype(int).transpose(2, 0, 1)
+    _, columns = np.nonzero((blue > 150) & (red < 100))
+    assert observation[0] > 0.5
+    assert -3 + (columns.mean() + 0.5) / 24 == pytest.approx(observation[0], abs=0.05)
+    point.close()
+    assert point.unwrapped.envs.closed
+
+
 def test_pictures_show_the_ant_and_its_goal_where_they_are(monkeypatch):
     """The camera is 13 m above (2, 2); 24 degrees to each side of it are half of the 240 pixels."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
