@@ -153,7 +153,7 @@ class Args:
     recall: Literal["none", "random", "learned"] = "learned"
     """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
     num_traces: int = 64
-    """high-value states per imitation update, from each of which one recall trace starts (N = 1)"""
+    """recall traces per imitation update, each from a state of its own (so the paper's N, traces per state, is 1)"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
     recall_every: int = 1
@@ -748,7 +748,6 @@ class Comparison(NamedTuple):
     real: torch.Tensor
     known: torch.Tensor  # where there is a real predecessor, one of the same episode
     imagined: torch.Tensor
-    actions: torch.Tensor
     in_trace: torch.Tensor
 
 
@@ -762,7 +761,8 @@ def compare_traces(model: BacktrackingModel, buffer: TrajectoryBuffer, length: i
     steps = torch.arange(length, device=args.device)[:, None]
     known, starts = tuples.times[ends] >= steps, tuples.next_states[ends]
     real = tuples.states[(ends - steps).clamp(min=0)]
-    return Comparison(starts, real, known, *recall_traces(model, starts, length, args, rng))
+    imagined, _, in_trace = recall_traces(model, starts, length, args, rng)
+    return Comparison(starts, real, known, imagined, in_trace)
 
 
 def trace_errors(model: BacktrackingModel, compared: Comparison) -> torch.Tensor:
@@ -922,7 +922,7 @@ def check(args: Args) -> None:
         given = f"{whole.num_envs} times {whole.num_steps}"
         fail(f"--num-envs times --num-steps must be from 2 to {10**7}, got {given}")
     try:
-        torch.zeros(1, device=args.device).cpu()
+        torch.zeros(1, device=args.device, dtype=torch.float64).cpu()
     except Exception:  # each kind of device has its own
         fail(f"--device {args.device} is not available here, a new run can have --device cpu")
     if args.capture_video:

@@ -68,7 +68,7 @@ class Args:
     eval_every: int = 5_000
     """environment steps between evaluations of the greedy policy"""
     eval_episodes: int = 10
-    """episodes per evaluation"""
+    """episodes per evaluation, each time from the same starts"""
     checkpoint_every: int = 10_000
     """environment steps between checkpoints, which hold the replay buffer"""
     capture_video: bool = False
@@ -115,7 +115,7 @@ class Args:
     recall: Literal["none", "random", "learned"] = "learned"
     """none: plain soft actor-critic; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
     num_traces: int = 64
-    """N, recall traces per imitation update"""
+    """recall traces per imitation update, each from a state of its own (so the paper's N, traces per state, is 1)"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 50 for Ant and Humanoid and 20 for all others (Table 2)"""
     recall_every: int = 200

@@ -23,7 +23,7 @@ policy imitates these recall traces. This file is all there is, and `--recall no
     python recall_trpo.py --evaluate RUN_DIR                  # play the trained agent
 
 A run of 500 000 steps takes two to four minutes on one core. Plain, it reaches returns of about 2 600 on HalfCheetah-v5
-and 3 000 on Hopper-v5; recall traces gain most on Walker2d-v5, not certainly: see docs/recall_trpo.md.
+and 3 000 on Hopper-v5; no gain of recall traces is certain, see docs/recall_trpo.md.
 """
 
 import json
@@ -69,7 +69,7 @@ class Args:
     eval_every: int = 20_000
     """environment steps between evaluations of the greedy policy"""
     eval_episodes: int = 10
-    """episodes per evaluation"""
+    """episodes per evaluation, each time from the same starts"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints"""
     capture_video: bool = False
@@ -118,7 +118,7 @@ class Args:
     start_states: Literal["return", "reward"] = "return"
     """which states are valuable: those with a high return-to-go, or those that received a high reward (E.1)"""
     num_traces: int = 64
-    """N, recall traces per imitation update"""
+    """recall traces per imitation update, each from a state of its own (so the paper's N, traces per state, is 1)"""
     trace_length: int | None = None
     """longest trace in steps; if not given, 10 for Hopper, 50 for Ant and Humanoid and 20 for others (Tables 1, 2)"""
     recall_every: int = 2
@@ -686,8 +686,8 @@ def forward_traces(
     """Imagines what the policy would do from the states `starts` (N, S) on (App. G).
 
     Returns states (length, N, S), actions (length, N, A), as the policy drew them, and advantages (length, N), in units
-    of their standard deviation: imagined rewards up to where the trace leaves the data and the value there, less V(s);
-    0 after that.
+    of their standard deviation: imagined rewards up to the last state inside the data and its value, less V(s); 0 after
+    that.
     """
     states, actions, rewards, inside, state = [], [], [], [], starts
     reach = args.trace_limit * model.state_std
@@ -711,7 +711,7 @@ def forward_traces(
 
 
 def split_traces(states, actions, weights, num_traces: int) -> list[tuple[torch.Tensor, ...]]:
-    """The pairs (n, S) and (n, A) of so many traces at a time, of traces (length, N, ...), and weights (n,) but 0."""
+    """Traces (length, N, ...) in groups of `num_traces`: states (n, S), actions (n, A), weights (n,) other than 0."""
     parts = zip(*(column.split(num_traces, dim=1) for column in (states, actions, weights)), strict=True)
     return [(states[weights != 0], actions[weights != 0], weights[weights != 0]) for states, actions, weights in parts]
 
@@ -749,7 +749,6 @@ class Comparison(NamedTuple):
     real: torch.Tensor
     known: torch.Tensor  # where there is a real predecessor, one of the same episode
     imagined: torch.Tensor
-    actions: torch.Tensor
     in_trace: torch.Tensor
 
 
@@ -768,7 +767,8 @@ def compare_traces(model: BacktrackingModel, buffer: TrajectoryBuffer, length: i
     known = as_tensor(tuples.times[ends] >= steps, args.device)
     real = as_tensor(tuples.states[np.maximum(ends - steps, 0)], args.device)
     starts = as_tensor(tuples.next_states[ends], args.device)
-    return Comparison(starts, real, known, *recall_traces(model, starts, length, args, rng))
+    imagined, _, in_trace = recall_traces(model, starts, length, args, rng)
+    return Comparison(starts, real, known, imagined, in_trace)
 
 
 def trace_errors(model: BacktrackingModel, compared: Comparison) -> torch.Tensor:
@@ -913,7 +913,7 @@ def check(args: Args) -> None:
     if args.recall != "none" and rows > 10**8:
         fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
     try:
-        torch.zeros(1, device=args.device).cpu()
+        torch.zeros(1, device=args.device, dtype=torch.float64).cpu()
     except Exception:  # each kind of device has its own
         fail(f"--device {args.device} is not available here, a new run can have --device cpu")
     env = make_env(args)

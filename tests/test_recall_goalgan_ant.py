@@ -297,7 +297,7 @@ def test_traces_are_drawn_where_the_agent_was():
     args = script.with_defaults(Args(env_id="AntUMaze-v0", env_threads=1))
     starts, real, imagined = randn(5, 41), randn(4, 5, 41, seed=1), randn(4, 5, 41, seed=2)
     known, in_trace = torch.arange(4)[:, None] < torch.arange(5), torch.ones(4, 5, dtype=torch.bool)
-    compared = script.Comparison(starts, real, known, imagined, randn(4, 5, 8), in_trace)
+    compared = script.Comparison(starts, real, known, imagined, in_trace)
     figure = script.draw_traces(BacktrackingModel(41, 8), compared, script.make_envs(args, 1), args)
     lines = [line.get_xydata() for line in figure.axes[0].lines]
     for i in range(5):
