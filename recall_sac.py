@@ -151,7 +151,7 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
     return nn.Sequential(*layers, nn.Linear(hidden, outputs))
 
 
-LARGEST_ACTION = 0.98  # of traces: one there stands for all beyond it
+LARGEST_ACTION = 0.98  # in size, of imagined ones; one clipped to it stands for all beyond it
 
 
 class Actor(nn.Module):
@@ -177,7 +177,7 @@ class Actor(nn.Module):
         u, bound = actions.clamp(-LARGEST_ACTION, LARGEST_ACTION).atanh(), math.atanh(LARGEST_ACTION)
         std = log_std.exp()
         inside = tanh_gaussian_log_prob((u - mean) / std, log_std, u)
-        # The gradient of log_ndtr is made of the difference of two squares: in doubles, 0 a million deviations away.
+        # The gradient of log_ndtr subtracts large squares, hence doubles; beyond a million deviations the clamp makes it 0.
         deviations = ((actions.sign() * mean - bound) / std).double().clamp(min=-1e6)
         beyond = torch.special.log_ndtr(deviations).float() - math.log(1 - LARGEST_ACTION)
         return torch.where(actions.abs() < LARGEST_ACTION, inside, beyond).sum(-1)
@@ -835,13 +835,22 @@ def replace_file(path: Path, write) -> None:
 
 @contextmanager
 def catch_signals():
-    """A list that gets the number of every SIGINT and SIGTERM, so that the training loop can stop at a good place."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda caught_number, _: caught.append(caught_number)) for number in numbers]
+    """A list that gets the number of a SIGINT or SIGTERM, so that the training loop can stop at a good place.
+
+    A second one of the same number does what it did before.
+    """
+    caught, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number, _) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, catch)
     try:
         yield caught
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

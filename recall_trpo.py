@@ -1007,13 +1007,22 @@ def replace_file(path: Path, write) -> None:
 
 @contextmanager
 def catch_signals():
-    """A list that gets the number of every SIGINT and SIGTERM, so that the training loop can stop at a good place."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda caught_number, _: caught.append(caught_number)) for number in numbers]
+    """A list that gets the number of a SIGINT or SIGTERM, so that the training loop can stop at a good place.
+
+    A second one of the same number does what it did before.
+    """
+    caught, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number, _) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, catch)
     try:
         yield caught
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
