@@ -177,7 +177,7 @@ class Actor(nn.Module):
         u, bound = actions.clamp(-LARGEST_ACTION, LARGEST_ACTION).atanh(), math.atanh(LARGEST_ACTION)
         std = log_std.exp()
         inside = tanh_gaussian_log_prob((u - mean) / std, log_std, u)
-        # The gradient of log_ndtr subtracts large squares, hence doubles; beyond a million deviations it is clamped to 0.
+        # The gradient of log_ndtr subtracts large squares, hence doubles; clamped, it is 0 at last.
         deviations = ((actions.sign() * mean - bound) / std).double().clamp(min=-1e6)
         beyond = torch.special.log_ndtr(deviations).float() - math.log(1 - LARGEST_ACTION)
         return torch.where(actions.abs() < LARGEST_ACTION, inside, beyond).sum(-1)
