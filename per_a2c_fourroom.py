@@ -547,7 +547,7 @@ def replace_file(path: Path, write) -> None:
 def catch_signals():
     """A list that gets the number of a SIGINT or SIGTERM, so that the training loop can stop at a good place.
 
-    A second one of the same number does what it did before.
+    Each is caught once: a second Ctrl-C ends the process at once.
     """
     caught, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

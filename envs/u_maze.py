@@ -63,7 +63,7 @@ class GoalVectorEnv(VectorEnv):
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
-    autoreset = True
+    autoreset = True  # but in `GoalEnv`
     places = slice(0, 2)
 
     def __init__(self, num_envs: int, sizes: tuple[int, int, int], goals_between, max_steps: int, tolerance: float):
