@@ -1,20 +1,13 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "gymnasium==1.4.0",
-#     "matplotlib==3.11.2",
-#     "numpy==2.4.6",
-#     "pillow==13.0.0",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
-# ]
+# dependencies = ["filelock==4.3.1", "gymnasium==1.4.0", "matplotlib==3.11.2", "numpy==2.4.6", "pillow==13.0.0",
+#                 "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 """Advantage actor-critic with prioritized experience replay in the four-room maze: the rival of recall traces.
 
 After every few updates on its own rollouts the agent learns again from past experience, drawn by priority (Goyal et
-al., ICLR 2019, section 6.2 and Table 3; Figures 3, 4 and 10). All else is recall_a2c_fourroom.py, line for line.
+al., ICLR 2019, section 6.2 and Table 3; Figures 3, 4 and 10). All else is as in recall_a2c_fourroom.py. Algorithm 1 of
+Schaul et al. (2016) is the loop at the end of main, and update_from_replay.
 
     python per_a2c_fourroom.py --capture-video                # replay of high returns (self-imitation)
     python per_a2c_fourroom.py --priority td-error            # replay of surprises (Schaul et al., 2016)
@@ -23,110 +16,70 @@ al., ICLR 2019, section 6.2 and Table 3; Figures 3, 4 and 10). All else is recal
 The default 15 x 15 maze is solved after about 14 000 environment steps, with td-error after 10 000, against 44 000 of
 the plain actor-critic and 9 000 with recall traces (interquartile means of 10 seeds). A run of 100 000 steps takes
 about fifteen seconds on one core of a laptop.
+Shapes: S states, A actions, T x E steps of a rollout in E environments, n and B any number.
 """
 
 import json
-import os
-import signal
 import sys
 import time
+from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
-from PIL import Image
+from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.four_room import FourRoomMaze, FourRoomVectorEnv, draw_cells
+from envs.four_room import FourRoomEnv, FourRoomVectorEnv, draw_pictures, write_gif
 
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of networks, environments and all sampling"""
-    total_timesteps: int | None = None
-    """environment steps in all, over all environments (100 000 if not given); may grow with --resume"""
-    run_dir: Path | None = None
-    """folder of this run; runs/<env>__<script>__<priority>__seed<seed>__<time> if not given"""
-    resume: Path | None = None
-    """go on with the interrupted run in this folder, with its own arguments"""
-    evaluate: Path | None = None
-    """play --eval-episodes episodes with the agent in this folder and print their returns"""
-    eval_every: int = 1_000
-    """environment steps between evaluations of the greedy policy"""
-    eval_episodes: int = 10
-    """episodes per evaluation; all alike, unless the maze of --env-id has random starts"""
-    checkpoint_every: int = 50_000
-    """environment steps between checkpoints"""
-    capture_video: bool = False
-    """write a GIF of the greedy agent, at the end of training or with --evaluate"""
-    device: str = "cpu"
-    """torch device; these networks are so small that a CPU is fastest"""
-    torch_threads: int = 1
-    """CPU threads of torch; one is fastest for networks of this size"""
-
+    seed: int = 1  # seed of networks and all sampling
+    total_timesteps: int | None = None  # environment steps in all, 100 000 if not given; may grow with --resume
+    run_dir: str = ""  # folder of this run; runs/<env>__<script>__<priority>__seed<seed>__<time> if not given
+    resume: str = ""  # go on with the interrupted run in this folder, with its own arguments
+    evaluate: str = ""  # play an episode with the trained agent in this folder
+    eval_every: int = 1_000  # environment steps between evaluations of the greedy policy
+    checkpoint_every: int = 50_000  # environment steps between checkpoints; new episodes begin after each
+    capture_video: bool = False  # write a GIF of the greedy agent, at the end of training or with --evaluate
     # environment
-    env_id: str = "FourRoom-v0"
-    """Gymnasium id of a four-room maze"""
-    size: int = 15
-    """cells along each side of the maze, walls included (paper: 11, 12, 13, 14, 15, 19)"""
-    num_envs: int = 2
-    """environments stepped side by side"""
-
+    size: int = 15  # cells along each side of the maze, walls included (paper: 11, 12, 13, 14, 15, 19)
+    num_envs: int = 2  # environments stepped side by side
     # actor-critic
-    num_steps: int = 192
-    """steps of each environment between two updates"""
-    learning_rate: float = 7e-4
-    """step size of RMSprop for the actor and the critic"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """decay of generalized advantage estimation"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the critic's loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient of an actor-critic update"""
-
-    # prioritized replay
+    num_steps: int = 192  # steps of each environment between two updates
+    learning_rate: float = 7e-4  # step size of RMSprop for the actor and the critic
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # decay of generalized advantage estimation
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the critic's loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient of an actor-critic update
+    # prioritized replay; return: of episodes with a positive reward, by how much better than the critic expects a step
+    # went, (R - V)+ (self-imitation, Oh et al., 2018); td-error: of all episodes, by |TD error| (Schaul et al., 2016)
     priority: Literal["return", "td-error"] = "return"
-    """return: replay steps that went better than the critic expected, by (R - V)+, of episodes with a positive reward
-    (self-imitation, Oh et al., 2018); td-error: replay all steps, by |TD error| (Schaul et al., 2016)"""
-    buffer_size: int = 100_000
-    """transitions in the replay buffer (E.3)"""
-    replay_batch_size: int | None = None
-    """transitions per replay update, fewer while the buffer holds fewer; if not given, Table 3: 200 up to size 12, 2000
-    for 13 and 14, 1000 from 15 on"""
-    replay_every: int = 3
-    """actor-critic updates per replay phase (Table 3: 3)"""
-    replay_updates: int = 16
-    """replay updates per replay phase, each with a new batch; 16, the most that we tried, did best (Table 3: 1, with
-    rollouts that were probably much shorter)"""
-    priority_alpha: float | None = None
-    """exponent of the priorities, 0 is uniform replay; if not given, Table 3: 0.8 up to size 14, 0.95 from 15 on"""
-    priority_beta: float = 0.1
-    """exponent of the importance weights: 0 is none; 1 makes the loss that of uniform replay, but much smaller with
-    return, as all weights are relative to that of the rarest transition (Table 3: 0.1)"""
+    buffer_size: int = 100_000  # transitions in the replay buffer (E.3)
+    replay_batch_size: int | None = None  # transitions per replay update, at most all in the buffer; default: Table 3
+    replay_every: int = 3  # actor-critic updates per replay phase (Table 3)
+    replay_updates: int = 16  # replay updates per replay phase, each with a new batch (Table 3: 1)
+    priority_alpha: float | None = None  # exponent of the priorities, 0 is uniform replay; default: Table 3
+    priority_beta: float = 0.1  # exponent of the importance weights, 0 is none (Table 3)
 
 
-TABLE_3 = {11: (200, 0.8), 13: (2000, 0.8), 15: (1000, 0.95)}  # size of the maze: (replay batch size, priority alpha)
+TABLE_3 = {7: (200, 0.8), 13: (2000, 0.8), 15: (1000, 0.95)}  # from this size on: replay batch size, priority alpha
 
 
 # ------------------------------------------------------------------------------------------------------ networks
-
-
-def mlp(first: nn.Module, hidden: int, outputs: int, activation: type[nn.Module], gain: float) -> nn.Sequential:
-    """Two hidden layers on a table lookup `first`, which is a linear layer on one-hot inputs; orthogonal weights."""
+def mlp(first: nn.Module, outputs: int, activation: type[nn.Module] = nn.Tanh, gain: float = 0.01) -> nn.Sequential:
+    """Two hidden layers, the first one an embedding, which is a linear layer on one-hot inputs; orthogonal weights."""
+    hidden = first.embedding_dim
     layers = [first, activation(), nn.Linear(hidden, hidden), activation(), nn.Linear(hidden, outputs)]
     for layer, scale in zip(layers[::2], (2**0.5, 2**0.5, gain), strict=True):
         nn.init.orthogonal_(layer.weight, scale)
@@ -135,585 +88,325 @@ def mlp(first: nn.Module, hidden: int, outputs: int, activation: type[nn.Module]
     return nn.Sequential(*layers)
 
 
-class Actor(nn.Module):
-    """pi_theta(a | s), from cells (B,) to action logits (B, A).
-
-    A maze has few cells, and the policy stands still between two updates: `everywhere`, the logits of all cells (S, A),
-    serves all steps of a rollout, and costs less than a forward pass over its states. So it does for the critic.
-    """
-
-    def __init__(self, num_cells: int, num_actions: int, hidden: int = 64):
-        super().__init__()
-        self.net = mlp(nn.Embedding(num_cells, hidden), hidden, num_actions, nn.Tanh, gain=0.01)
-        self.register_buffer("cells", torch.arange(num_cells), persistent=False)
-
-    def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        return self.net(cells)
-
-    def everywhere(self) -> torch.Tensor:
-        return self(self.cells)
+def evaluate_all_states(actor: nn.Module, critic: nn.Module) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """log pi(a | s) (S, A), V(s) (S,) and pi(a | s) of all states: so few that one pass serves a whole rollout."""
+    states = torch.arange(actor[0].num_embeddings)
+    log_probs = actor(states).log_softmax(-1)
+    return log_probs, critic(states).squeeze(-1), log_probs.detach().exp().numpy()
 
 
-class Critic(nn.Module):
-    """V(s), from cells (B,) to values (B,)."""
-
-    def __init__(self, num_cells: int, hidden: int = 64):
-        super().__init__()
-        self.net = mlp(nn.Embedding(num_cells, hidden), hidden, 1, nn.Tanh, gain=1.0)
-        self.register_buffer("cells", torch.arange(num_cells), persistent=False)
-
-    def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        return self.net(cells).squeeze(-1)
-
-    def everywhere(self) -> torch.Tensor:
-        return self(self.cells)
+def sample(cumulative: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """An index (B,) for each row of cumulative probabilities (B, k): how many of them a number u (B, 1) exceeds."""
+    return (u * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)
 
 
-def thresholds(probs: np.ndarray) -> np.ndarray:
-    """Cumulative probabilities of rows (n, k), without the last, (n, k - 1): between them lie the indices to sample."""
-    cumulative = probs.cumsum(axis=1)
-    return cumulative[:, :-1] / cumulative[:, -1:]  # so that rounding never gives an index of probability 0
-
-
-def sample(thresholds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One index for each row of `thresholds` (n, k - 1), (n,)."""
-    return (rng.random((len(thresholds), 1)) >= thresholds).sum(axis=1)
-
-
-def as_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(array).to(device)
-
-
-# ------------------------------------------------------------------------------------------------------ experience
-
-
-class Rollout(NamedTuple):
-    """What `num_steps` steps of all environments gave, arrays (num_steps, num_envs)."""
-
-    cells: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    next_cells: np.ndarray  # the true ones, also where an episode ended
-    terminated: np.ndarray
-    truncated: np.ndarray
-
-
-class Tuples(NamedTuple):
-    """Transitions of one or more trajectories, arrays (n,)."""
-
-    cells: np.ndarray
-    actions: np.ndarray
-    next_cells: np.ndarray
-    rewards: np.ndarray
-    values: np.ndarray  # discounted return-to-go, the reward of this transition included
-    terminated: np.ndarray
+# ------------------------------------------------------------------------------------------------------ buffer
+Rollout = namedtuple("Rollout", "states actions rewards next_states terminated truncated")  # arrays (T, E)
+Tuples = namedtuple("Tuples", "states actions rewards next_states terminated returns")  # of trajectories, arrays (n,)
 
 
 class ReplayBuffer:
-    """Prioritized experience replay (Schaul et al., 2016, proportional) of the last `capacity` transitions.
-
-    Episodes are stored when they end: with `td-error` all of them, with `return` those with a positive reward (a return
-    that a time limit cut short says nothing). Transition i is drawn with probability P(i) = p_i^alpha / sum of p^alpha,
-    Eq. (1), by bisection in the cumulative sum of p^alpha: at this size it costs less than the update of the networks.
-    """
+    """Prioritized experience replay (Schaul et al., 2016, proportional) of the last `capacity` transitions."""
 
     def __init__(self, capacity: int, num_envs: int, gamma: float, alpha: float, priority: str):
         self.capacity, self.gamma, self.alpha, self.priority = capacity, gamma, alpha, priority
-        self.tuples = Tuples(*(np.zeros(capacity, dtype) for dtype in (int, int, int, float, float, bool)))
-        self.powers = np.zeros(capacity)  # p^alpha
+        self.tuples = Tuples(*(np.zeros(capacity, dtype) for dtype in (int, int, float, int, bool, float)))
+        self.powers = np.zeros(capacity)  # p^alpha of the priorities p
         self.stored = 0  # transitions so far; number n lies in slot n % capacity
-        self.under_way = [np.zeros((0, 5)) for _ in range(num_envs)]  # rows (s_t, a_t, r_t, s_{t+1}, terminated)
+        self.unfinished = [[] for _ in range(num_envs)]  # [(s_t, a_t, r_t, s_{t+1}, terminated), ...] of each episode
 
     def __len__(self) -> int:
         return min(self.stored, self.capacity)
 
     def add(self, rollout: Rollout) -> list[tuple[float, int]]:
-        """Adds a rollout; returns (return, length) of every episode that ended in it."""
-        rows = np.stack(rollout[:5], axis=-1)
+        """Adds a rollout; returns (return, length) of all episodes that ended in it."""
         ended = []
-        for i in range(len(self.under_way)):
-            ends = np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1
-            *episodes, rest = np.split(rows[:, i], ends)
-            if episodes:
-                episodes[0] = np.concatenate((self.under_way[i], episodes[0]))
-                self.under_way[i] = rest
-            else:
-                self.under_way[i] = np.concatenate((self.under_way[i], rest))
-            for episode in episodes:
-                ended.append((float(episode[:, 2].sum()), len(episode)))
-                if self.priority == "td-error" or episode[:, 2].max() > 0:
-                    self._store(self._tuples(episode))
+        for i, episode in enumerate(self.unfinished):
+            for *step, truncated in zip(*(column[:, i].tolist() for column in rollout), strict=True):
+                episode.append(step)
+                if step[4] or truncated:
+                    ended.append(self.add_episode(episode))
+                    episode.clear()
         return ended
 
-    def _tuples(self, episode: np.ndarray) -> Tuples:
-        """The tuples of an episode (T, 5)."""
-        cells, actions, next_cells = episode[:, [0, 1, 3]].T.astype(np.int64)
-        values = episode[:, 2].copy()
-        for t in reversed(range(len(values) - 1)):
-            values[t] += self.gamma * values[t + 1]
-        return Tuples(cells, actions, next_cells, episode[:, 2], values, episode[:, 4].astype(bool))
+    def add_episode(self, episode: list) -> tuple[float, int]:
+        """Stores an episode over the oldest transitions (Alg. 1, line 6); for `return` only one with a positive reward.
 
-    def _store(self, tuples: Tuples) -> None:
-        """Stores transitions in place of the oldest, with the highest priority of all (Alg. 1, line 6)."""
-        slots = (self.stored + np.arange(len(tuples.cells))) % self.capacity
-        highest = self.powers[: len(self)].max(initial=0) or 1.0
-        for column, new in zip(self.tuples, tuples, strict=True):
-            column[slots] = new
-        self.powers[slots] = highest
-        self.stored += len(slots)
-
-    def sample(self, batch_size: int, beta: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Slots of transitions drawn by priority, one from each of `batch_size` equal shares of it, and their weights.
-
-        The importance weights are w_i = (N P(i))^-beta, divided by the largest one of the buffer (Alg. 1, line 10).
+        Its transitions get the highest priority in the buffer, 1 in an empty one. Returns its return and length.
         """
-        if batch_size > len(self):
-            raise ValueError(f"a batch of {batch_size} transitions is more than the {len(self)} in the buffer")
+        columns = list(zip(*episode, strict=True))
+        rewards = columns[2]
+        if self.priority == "td-error" or max(rewards) > 0:
+            returns = list(accumulate(reversed(rewards), lambda later, reward: reward + self.gamma * later))[::-1]
+            slots = (self.stored + np.arange(len(rewards))) % self.capacity
+            highest = self.powers[: len(self)].max(initial=0) or 1.0
+            for column, new in zip(self.tuples, (*columns, returns), strict=True):
+                column[slots] = new
+            self.powers[slots] = highest
+            self.stored += len(rewards)
+        return sum(rewards), len(rewards)
+
+    def sample(self, batch_size: int, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        """Slots (B,) drawn with P(i) = p_i^alpha / sum of p^alpha, Eq. (1), and their importance weights (B,).
+
+        One slot is drawn from each of B equal shares of the cumulative sum of p^alpha. The weights are
+        w_i = (N P(i))^-beta, N the number of transitions, divided by the largest w of all in the buffer.
+        """
         powers = self.powers[: len(self)]
         cumulative = powers.cumsum()
-        shares = (np.arange(batch_size) + rng.random(batch_size)) / batch_size
-        slots = np.searchsorted(cumulative[:-1], shares * cumulative[-1], side="right")  # Eq. (1)
+        shares = (np.arange(batch_size) + torch.rand(batch_size, dtype=torch.float64).numpy()) / batch_size
+        slots = np.searchsorted(cumulative[:-1], shares * cumulative[-1], side="right")
         return slots, (powers[slots] / powers.min()) ** -beta
 
-    def set_priorities(self, slots: np.ndarray, priorities: np.ndarray) -> None:
-        self.powers[slots] = (priorities + 1e-6) ** self.alpha
-
     def state_dict(self) -> dict:
-        columns = [as_tensor(column[: len(self)].copy(), "cpu") for column in (*self.tuples, self.powers)]
-        under_way = [as_tensor(rows, "cpu") for rows in self.under_way]
-        return {"columns": columns, "stored": self.stored, "under_way": under_way}
+        columns = [torch.from_numpy(column[: len(self)].copy()) for column in (*self.tuples, self.powers)]
+        return {"columns": columns, "stored": self.stored}
 
     def load_state_dict(self, state: dict) -> None:
         self.stored = state["stored"]
         for column, saved in zip((*self.tuples, self.powers), state["columns"], strict=True):
-            column[: len(self)] = saved.numpy()
-        self.under_way = [rows.numpy() for rows in state["under_way"]]
+            column[: len(saved)] = saved.numpy()
 
 
 # ------------------------------------------------------------------------------------------------------ actor-critic
-
-
-@torch.no_grad()
-def policy_table(actor: Actor) -> np.ndarray:
-    """pi(a | s) of every cell, (S, A)."""
-    return actor.everywhere().softmax(-1).cpu().numpy()
-
-
-def collect_rollout(envs, cells: np.ndarray, policy: np.ndarray, num_steps: int, rng: np.random.Generator):
-    """Steps all environments `num_steps` times with the policy (S, A); returns the Rollout and the cells after it."""
-    shape = (num_steps, envs.num_envs)
-    rollout = Rollout(*(np.empty(shape, dtype) for dtype in (int, int, float, int, bool, bool)))
-    policy_thresholds = thresholds(policy)
-    for t in range(num_steps):
-        actions = sample(policy_thresholds[cells], rng)
-        next_cells, rewards, terminated, truncated, infos = envs.step(actions)
-        for column, row in zip(rollout, (cells, actions, rewards, next_cells, terminated, truncated), strict=True):
-            column[t] = row
-        if "final_obs" in infos:
-            ended = infos["_final_obs"]
-            rollout.next_cells[t, ended] = infos["final_obs"][ended]
-        cells = next_cells
-    return rollout, cells
+def collect_rollout(envs, states: np.ndarray, policy: np.ndarray, num_steps: int) -> tuple[Rollout, np.ndarray]:
+    """Executes the policy (S, A) for T = num_steps steps from the states (E,); returns also the states after them."""
+    steps, cumulative = [], policy.cumsum(axis=1)
+    for u in torch.rand(num_steps, len(states), 1).numpy():
+        actions = sample(cumulative[states], u)
+        next_states, rewards, terminated, truncated, infos = envs.step(actions)
+        last_states = next_states
+        if infos:  # where an episode has ended, next_states has the first state of the next one
+            last_states = np.where(infos["_final_obs"], infos["final_obs"], next_states).astype(int)
+        steps.append((states, actions, rewards, last_states, terminated, truncated))
+        states = next_states
+    return Rollout(*map(np.array, zip(*steps, strict=True))), states
 
 
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
-    """GAE (Schulman et al., 2016), (num_steps, num_envs). A time limit cuts the sum, but not the value that follows."""
-    errors = rollout.rewards + gamma * next_values * ~rollout.terminated - values
+    """Advantages A_t (T, E) of a rollout, given V(s_t) and V(s_{t+1}), both (T, E) (GAE, Schulman et al., 2016).
+
+    A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t). No value follows a terminal
+    step. No A_{t+1} follows where an episode ends, be it by a time limit, nor after the last step of the rollout.
+    """
+    advantages = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values  # delta_t
     decay = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
-    advantages, later = np.zeros_like(errors), 0.0
-    for t in reversed(range(len(errors))):
-        advantages[t] = later = errors[t] + decay[t] * later
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
-def update_actor_critic(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args) -> dict[str, float]:
-    """One advantage actor-critic step on the whole rollout (Mnih et al., 2016); returns its losses."""
-    log_probs, values = actor.everywhere().log_softmax(-1), critic.everywhere()
-    table = values.detach().cpu().numpy()
-    v, next_v = table[rollout.cells], table[rollout.next_cells]
+def update_actor_critic(optimizer, rollout: Rollout, log_probs, values, args: Args) -> dict[str, float]:
+    """One step of A2C (Mnih et al., 2016) on a rollout, given log pi(a | s) (S, A) and V(s) (S,); returns losses."""
+    v, next_v = (values.detach().numpy()[states] for states in (rollout.states, rollout.next_states))
     advantages = generalized_advantages(rollout, v, next_v, args.gamma, args.gae_lambda)
-    cells, actions = as_tensor(rollout.cells, args.device), as_tensor(rollout.actions, args.device)
-    advantages, returns = (as_tensor(array, args.device).float() for array in (advantages, advantages + v))
-
-    policy_loss = -(advantages * log_probs[cells, actions]).mean()
-    value_loss = F.mse_loss(values[cells], returns)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)[cells].mean()
+    states, actions = torch.from_numpy(rollout.states), torch.from_numpy(rollout.actions)
+    advantages, returns = torch.from_numpy(advantages).float(), torch.from_numpy(advantages + v).float()
+    policy_loss = -(advantages * log_probs[states, actions]).mean()
+    value_loss = nn.functional.mse_loss(values[states], returns)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)[states].mean()
     optimizer.zero_grad()
     (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).backward()
-    nn.utils.clip_grad_norm_([*actor.parameters(), *critic.parameters()], args.max_grad_norm)
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     optimizer.step()
-    losses = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
-    return {f"losses/{name}": loss.item() for name, loss in losses.items()}
+    losses = {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy}
+    return {name: loss.item() for name, loss in losses.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ replay
+def update_from_replay(actor, critic, optimizer, buffer: ReplayBuffer, args: Args) -> dict[str, float]:
+    """One step of actor and critic on transitions drawn by priority, without entropy bonus (E.3); returns losses.
 
-
-def update_from_replay(actor: Actor, critic: Critic, optimizer, buffer: ReplayBuffer, args: Args, rng):
-    """One actor-critic step on transitions drawn by priority, without entropy bonus (E.3); returns its losses.
-
-    The advantages are (R - V)+ with `return` (self-imitation learning: a step that went no better than the critic
-    expects has no weight), and one-step TD errors with `td-error`. The weights correct for prioritized instead of
-    uniform draws from the buffer, but not for its actions, which come from older policies.
+    Advantages are (R - V)+ for `return`, so that what went no better than the critic expects has no weight, and TD
+    errors for `td-error`. The new priority of a transition is the absolute value of its advantage.
     """
-    # Schaul et al., Alg. 1, lines 9 and 10: sample by priority, with importance weights
-    slots, weights = buffer.sample(min(args.replay_batch_size, len(buffer)), args.priority_beta, rng)
+    # Alg. 1, lines 9 and 10: sample by priority, with importance weights
+    slots, weights = buffer.sample(min(args.replay_batch_size, len(buffer)), args.priority_beta)
     tuples = Tuples(*(column[slots] for column in buffer.tuples))
-    log_probs, values = actor.everywhere().log_softmax(-1), critic.everywhere()
-    table = values.detach().cpu().numpy()
-    v, next_v = table[tuples.cells], table[tuples.next_cells]
-    # Schaul et al., Alg. 1, lines 11 and 12: new priorities
-    if args.priority == "return":
-        advantages = np.maximum(tuples.values - v, 0)  # (R - V)+
-    else:
-        advantages = tuples.rewards + args.gamma * next_v * ~tuples.terminated - v
-    buffer.set_priorities(slots, np.abs(advantages))
-    cells, actions = as_tensor(tuples.cells, args.device), as_tensor(tuples.actions, args.device)
-    weights, advantages, returns = (as_tensor(a, args.device).float() for a in (weights, advantages, advantages + v))
-
-    # Schaul et al., Alg. 1, lines 13 to 15: the weighted step
-    policy_loss = -(weights * advantages * log_probs[cells, actions]).mean()
-    value_loss = (weights * (values[cells] - returns) ** 2).mean()
+    log_probs, values, _ = evaluate_all_states(actor, critic)
+    v, next_v = (values.detach().numpy()[states] for states in (tuples.states, tuples.next_states))
+    advantages = np.maximum(tuples.returns - v, 0)  # (R - V)+
+    if args.priority == "td-error":  # Alg. 1, line 11
+        advantages = tuples.rewards + args.gamma * np.where(tuples.terminated, 0, next_v) - v
+    buffer.powers[slots] = (np.abs(advantages) + 1e-6) ** buffer.alpha  # Alg. 1, line 12
+    # Alg. 1, lines 13 to 15: the weighted step
+    states, actions = torch.from_numpy(tuples.states), torch.from_numpy(tuples.actions)
+    weights, advantages, returns = (torch.from_numpy(a).float() for a in (weights, advantages, advantages + v))
+    policy_loss = -(weights * advantages * log_probs[states, actions]).mean()
+    value_loss = (weights * (values[states] - returns) ** 2).mean()
     optimizer.zero_grad()
     (policy_loss + args.vf_coef * value_loss).backward()
-    nn.utils.clip_grad_norm_([*actor.parameters(), *critic.parameters()], args.max_grad_norm)
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     optimizer.step()
-    losses = {"policy_loss": policy_loss, "value_loss": value_loss}
-    losses |= {"advantage": advantages.mean(), "weight": weights.mean()}
-    return {f"replay/{name}": loss.item() for name, loss in losses.items()}
+    losses = {"policy_loss": policy_loss, "value_loss": value_loss, "advantage": advantages, "weight": weights}
+    return {f"replay/{name}": loss.mean().item() for name, loss in losses.items()}
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
-def play(envs: FourRoomVectorEnv, policy: np.ndarray, seed: int, rng: np.random.Generator | None = None):
-    """Plays one episode in each environment with the policy (S, A): greedily, or sampled if `rng` is given.
-
-    Returns returns, lengths and successes (num_envs,), and the visits of every cell (S,).
-    """
-    cells, _ = envs.reset(seed=seed)
-    greedy_actions, policy_thresholds = policy.argmax(axis=1), thresholds(policy)
-    returns, lengths, visits = np.zeros(len(cells)), np.zeros(len(cells), dtype=int), np.zeros(len(policy), dtype=int)
-    going, successes = np.ones(len(cells), dtype=bool), np.zeros(len(cells), dtype=bool)
-    while np.count_nonzero(going):
-        visits += np.bincount(cells[going], minlength=len(policy))
-        actions = greedy_actions[cells] if rng is None else sample(policy_thresholds[cells], rng)
-        cells, rewards, terminated, truncated, _ = envs.step(actions)
-        returns += going * rewards
-        lengths += going
-        successes |= going & terminated
-        going &= ~(terminated | truncated)
-    return returns, lengths, successes, visits
-
-
-@torch.no_grad()
-def draw_pictures(maze: FourRoomMaze, visits: np.ndarray, critic: Critic, buffer: ReplayBuffer) -> dict:
-    """Where the trained policy goes (Figures 3 and 10), what the critic expects, what is replayed: name to Figure."""
-    title = f"Visits in 100 episodes: {np.count_nonzero(visits)} of {maze.free.sum()} cells"
-    pictures = {"visits": draw_cells(maze, np.where(visits > 0, visits, np.nan), title)}
-    values = critic.everywhere().cpu().numpy()
-    values[maze.goal] = np.nan  # no action is taken there
-    pictures["values"] = draw_cells(maze, values, "Value of each cell under the critic")
-    if len(buffer):
-        shares = np.zeros_like(maze.next_cell, dtype=float)
-        np.add.at(shares, (buffer.tuples.cells, buffer.tuples.actions), 100 * buffer.powers / buffer.powers.sum())
-        replayed = np.where(shares.any(axis=1), shares.sum(axis=1), np.nan)
-        title = f"Replay of {len(buffer)} transitions: share of each cell, %"
-        pictures["replay"] = draw_cells(maze, replayed, title, arrows=shares)
-    return pictures
-
-
-def write_video(path: Path, args: Args, policy: np.ndarray) -> None:
-    """Writes one episode of the greedy agent as a GIF."""
-    env = gym.make(args.env_id, size=args.size, render_mode="rgb_array")
-    cell, _ = env.reset(seed=args.seed)
-    frames, done = [Image.fromarray(env.render())], False
+# ------------------------------------------------------------------------------------------------------ run
+def play(env: FourRoomEnv, policy: np.ndarray, greedy: bool = True) -> tuple[float, list[int]]:
+    """The return and the states of an episode with the policy (S, A)."""
+    states, episode_return, done = [env.reset()[0]], 0.0, False
     while not done:
-        cell, _, terminated, truncated, _ = env.step(int(policy[cell].argmax()))
-        frames.append(Image.fromarray(env.render()))
-        done = terminated or truncated
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[100] * (len(frames) - 1) + [1500], loop=0)
+        probs = policy[states[-1:]]
+        action = probs.argmax() if greedy else sample(probs.cumsum(axis=1), torch.rand(1, 1).numpy())[0]
+        state, reward, terminated, truncated, _ = env.step(action)
+        states.append(state)
+        episode_return, done = episode_return + reward, terminated or truncated
+    return episode_return, states
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoint
+RUN_NAME = "FourRoom-v0__per_a2c_fourroom__{priority}__seed{seed}"
+AT_LEAST = {"seed": 0, "size": 7}  # the least that is accepted, if it is not 1 for whole numbers and 0 for others
+AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "priority_beta": 1}
+MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video")  # what an old run may be given anew
 
 
-def fail(message: str) -> None:
-    """Ends the program with one line that names the flag and what would be accepted, and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+class UsageError(ValueError):
+    """A wrong argument, in one line that names its flag and what is accepted."""
 
 
-def make_envs(args: Args, num_envs: int) -> FourRoomVectorEnv:
+def read_args(args: Args) -> Args:
+    """The arguments of the run in --resume or --evaluate; of the given ones only those that may change."""
+    folder = args.resume or args.evaluate
+    given = {name: value for name in MAY_CHANGE if (value := getattr(args, name)) is not None}
     try:
-        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", size=args.size)
-    except ValueError as error:
-        fail(f"--size: {error}")
-    except (gym.error.Error, ImportError, TypeError) as error:
-        fail(f"--env-id must be a four-room maze such as FourRoom-v0: {error}")
-    if not isinstance(envs.unwrapped, FourRoomVectorEnv):
-        fail(f"--env-id must be a four-room maze such as FourRoom-v0, {args.env_id} is none")
-    return envs.unwrapped
+        return replace(Args(**json.loads(Path(folder, "args.json").read_text())), run_dir=folder, **given)
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(f"--resume and --evaluate need the folder of a run of this script: {error}") from None
 
 
-AT_MOST = {"gamma": 1, "gae_lambda": 1, "priority_alpha": 10, "priority_beta": 1, "buffer_size": 10**7, "size": 500}
-AT_MOST |= {"num_envs": 10**5, "num_steps": 10**5, "eval_episodes": 10**5, "seed": 2**63 - 1, "torch_threads": 1024}
-AT_MOST |= {"learning_rate": 1e38}
-
-
-def check(args: Args) -> None:
-    """Fails on the first argument that is out of range."""
-    for name, value in vars(args).items():
-        least = 0 if isinstance(value, float) or name in ("seed", "capture_video") else 1
-        most = AT_MOST.get(name, sys.float_info.max)
-        if isinstance(value, int | float) and not least <= value <= most:
-            allowed = f"from {least} to {most}" if name in AT_MOST else f"of at least {least}"
-            fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
-    if args.num_envs * args.num_steps > 10**7:
-        fail(f"--num-envs times --num-steps must be at most {10**7}, got {args.num_envs * args.num_steps}")
-    make_envs(args, 1)  # or fails
-    if args.replay_batch_size is not None and args.replay_batch_size > args.buffer_size:
-        fail(f"--replay-batch-size must be at most {args.buffer_size}, the --buffer-size, got {args.replay_batch_size}")
-    try:
-        torch.zeros(1, device=args.device).cpu()
-    except Exception:  # each kind of device has its own
-        fail(f"--device {args.device} is not available here, a new run can have --device cpu")
-
-
-def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
-    """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
-
-    Of all other flags only its own may differ from the run's.
-    """
-    run_dir = getattr(args, name)
-    try:
-        saved = Args(**json.loads((run_dir / "args.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        fail(f"--{name} must be the folder of a run of this script, with its args.json; {run_dir} is not")
-    try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        assert len(dict(checkpoint)["actor"]["net.0.weight"]) == saved.size**2
-    except FileNotFoundError:
-        checkpoint = None
-    except Exception:  # torch.load raises a different one for every way in which a file can be damaged
-        fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
-    saved.run_dir = run_dir
-    words = [word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv]
-    for field in fields(args):
-        flag, value, old = f"--{field.name}".replace("_", "-"), getattr(args, field.name), getattr(saved, field.name)
-        given = value != field.default or flag in words  # a flag may be given with its default value
-        if field.name not in (name, *own) and given and value != old:
-            others = ", --".join(own).replace("_", "-")
-            fail(f"{flag} cannot change with --{name}, the run has {old}; only --{others} may")
-    return saved, checkpoint
-
-
-def resume_run(args: Args) -> tuple[Args, dict | None]:
-    """The run in --resume with its own arguments; --total-timesteps may grow."""
-    saved, checkpoint = read_run(args, "resume", ("total_timesteps",))
-    if args.total_timesteps is not None and args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
-    saved.total_timesteps = args.total_timesteps or saved.total_timesteps
-    check(saved)
-    return saved, checkpoint
-
-
-def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
-    """Forgets what was logged after the checkpoint, at which the event files had these sizes: it is logged again."""
-    for file in run_dir.glob("events.out.tfevents.*"):
-        if file.name in sizes:
-            os.truncate(file, sizes[file.name])
-        else:
-            file.unlink()
-
-
-def make_run_dir(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
-            fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
-        (run_dir / "args.tmp").touch()
-    except OSError as error:
-        fail(f"--run-dir must be a folder that can be made and written, {run_dir} is not: {error.strerror}")
-
-
-def replace_file(path: Path, write) -> None:
-    """Writes a file under a temporary name and renames it, so that a kill at any moment leaves a whole one."""
-    write(path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def check(args: Args) -> Args:
+    """The arguments of the run; raises UsageError for a number out of range, or another one than an old run had."""
+    run = read_args(args) if args.resume or args.evaluate else args
+    nothing_else_given = args == Args(**{name: getattr(args, name) for name in MAY_CHANGE})
+    for name, value in vars(run).items():
+        flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
+        least, most = AT_LEAST.get(name, int(type(value) is int)), AT_MOST.get(name, sys.float_info.max)
+        if type(value) in (int, float) and not least <= value <= most:
+            raise UsageError(f"{flag} must be from {least} to {most:.4g}, got {value}")
+        if given not in (None, "", value) and not nothing_else_given:
+            raise UsageError(f"{flag} cannot change, it is {value} in {run.run_dir}, got {given}")
+    return replace(run, total_timesteps=run.total_timesteps or 100_000)
 
 
 @contextmanager
-def catch_signals():
-    """A list that gets the number of a SIGINT or SIGTERM, so that the training loop can stop at a good place.
-
-    Each is caught once: a second Ctrl-C ends the process at once.
-    """
-    caught, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(number, _) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, catch)
+def open_run(args: Args):
+    """The folder of a run, in which no other process can train at the same time."""
+    name = f"runs/{RUN_NAME.format(**vars(args)).replace('/', '-')}__{int(time.time())}"
+    run_dir, path = Path(args.run_dir or name), "args.tmp" if args.resume else "args.json"
+    while not args.run_dir and run_dir.exists():  # the default name is taken
+        run_dir = Path(f"{run_dir}_2")
+    run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
+    if not args.resume and any(run_dir.iterdir()):
+        raise UsageError(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
     try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with FileLock(run_dir / "lock", timeout=0):
+            with open(run_dir / path, "w" if args.resume else "x") as file:
+                json.dump(asdict(replace(args, resume="")), file, indent=4, default=str)
+            (run_dir / path).replace(run_dir / "args.json")
+            yield run_dir
+    except Timeout:
+        raise UsageError(f"another process is at work in {run_dir}") from None
+    except (FloatingPointError, KeyboardInterrupt, OSError) as error:  # such as a full disk
+        (run_dir / "checkpoint.tmp").unlink(missing_ok=True)
+        raise type(error)(f"{str(error) or 'stopped'}; --resume {run_dir} goes on from the last checkpoint") from None
 
 
-def evaluate_run(args: Args) -> None:
-    """--evaluate: plays greedy episodes with a trained agent, prints their returns and may write a GIF."""
-    torch.set_num_threads(args.torch_threads)
-    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
-    saved, checkpoint = read_run(args, "evaluate", own)
-    if checkpoint is None:
-        fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    envs = make_envs(saved, args.eval_episodes)
-    actor = Actor(*envs.maze.next_cell.shape).to(args.device)
+def load_checkpoint(run_dir: Path, parts: dict) -> tuple:
+    """Brings all parts of a run to where the last checkpoint left them; returns its progress."""
     try:
-        actor.load_state_dict(checkpoint["actor"])
-    except RuntimeError:  # networks of another task
-        fail(f"--evaluate: {args.evaluate / 'checkpoint.pt'} is not a checkpoint of this run")
-    policy = policy_table(actor)
-    returns, lengths, successes, _ = play(envs, policy, args.seed)
-    for i in range(args.eval_episodes):
-        print(f"episode {i}: return {returns[i]:.2f} in {lengths[i]} steps")
-    print(f"mean return {returns.mean():.2f}, success rate {successes.mean():.2f}")
-    if args.capture_video:
-        path = args.evaluate / f"agent_{checkpoint['step']}.gif"
-        write_video(path, saved, policy)
-        print(f"wrote {path}")
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["rng"])
+        return checkpoint["progress"]
+    except Exception as error:  # a damaged file can raise anything
+        raise UsageError(f"{run_dir} has no checkpoint of this run: {error}".splitlines()[0]) from None
 
 
-# ------------------------------------------------------------------------------------------------------ main
-
-
-def main(args: Args) -> None:
-    if args.evaluate is not None:
-        check(args)
-        return evaluate_run(args)
-    checkpoint = None
-    if args.resume is not None:
-        args, checkpoint = resume_run(args)
-    else:
-        name = f"{args.env_id}__{Path(__file__).stem}__{args.priority}__seed{args.seed}__{int(time.time())}"
-        args = replace(args, run_dir=args.run_dir or Path("runs", name))
-        args.total_timesteps = 100_000 if args.total_timesteps is None else args.total_timesteps
-        batch_size, alpha = TABLE_3[max((size for size in TABLE_3 if size <= args.size), default=11)]
-        batch_size = min(batch_size, args.buffer_size)
-        args.replay_batch_size = batch_size if args.replay_batch_size is None else args.replay_batch_size
-        args.priority_alpha = alpha if args.priority_alpha is None else args.priority_alpha
-        check(args)
-        make_run_dir(args.run_dir)
-
-    torch.set_num_threads(args.torch_threads)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and filling takes time
-    envs, eval_envs = make_envs(args, args.num_envs), make_envs(args, args.eval_episodes)
-    maze = envs.maze
-    num_cells, num_actions = maze.next_cell.shape
+def main(args: Args) -> Path:
+    """Trains an agent, or plays the trained one of --evaluate; returns the folder of its run."""
+    args = check(args)
+    batch_size, alpha = TABLE_3[max(size for size in TABLE_3 if size <= args.size)]
+    args = replace(args, replay_batch_size=args.replay_batch_size or batch_size)
+    args = replace(args, priority_alpha=alpha if args.priority_alpha is None else args.priority_alpha)
+    torch.set_num_threads(1)  # the fastest for networks of this size
     torch.manual_seed(args.seed)
-    actor, critic = Actor(num_cells, num_actions).to(args.device), Critic(num_cells).to(args.device)
-    weights = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.RMSprop(weights, lr=args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
-    # Schaul et al. (2016), Alg. 1, lines 1 and 2
+    eval_env = FourRoomEnv(args.size)
+    maze, (num_states, num_actions) = eval_env.maze, eval_env.maze.next_cell.shape
+    actor = mlp(nn.Embedding(num_states, 64), num_actions)  # logits of pi(a | s), (B,) to (B, A)
+    critic = mlp(nn.Embedding(num_states, 64), 1, gain=1.0)  # V(s), (B,) to (B, 1)
+    optimizer = torch.optim.RMSprop([*actor.parameters(), *critic.parameters()], lr=args.learning_rate, eps=1e-5)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, args.gamma, args.priority_alpha, args.priority)
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "buffer": buffer}
-    rngs = {"rollout": np.random.default_rng([args.seed, 0])}
-    rngs["replay"] = np.random.default_rng([args.seed, 1])
-    cells, _ = envs.reset(seed=args.seed)  # Schaul et al. (2016), Alg. 1, line 3
-    step, finished, losses = 0, [], {}  # finished: (return, length) of the episodes since the last evaluation
-    if checkpoint:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            for name, rng in rngs.items():
-                rng.bit_generator.state = checkpoint["rngs"][name]
-            envs.set_state(checkpoint["envs"])
-            step, finished, losses = checkpoint["step"], checkpoint["finished"], checkpoint["losses"]
-        except (KeyError, RuntimeError, ValueError):
-            fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run")
-        cells = envs.cells.copy()
-    cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
-    arguments = json.dumps(asdict(args), indent=4, default=str)
-    replace_file(args.run_dir / "args.json", lambda path: path.write_text(arguments))
-
-    def save_checkpoint() -> None:
-        modules = [part for part in parts.values() if isinstance(part, nn.Module)]
-        if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-            stop(f"a weight is not finite, the largest loss is {max(losses, key=lambda name: abs(losses[name]))},")
-        writer.flush()
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}, "envs": envs.get_state()}
-        event_sizes = {file.name: file.stat().st_size for file in args.run_dir.glob("events.out.tfevents.*")}
-        state |= {"step": step, "finished": finished, "losses": losses, "event_sizes": event_sizes}
-        replace_file(args.run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-
-    def stop(reason: str) -> None:
-        sys.exit(f"error: {reason} at step {step}; {args.run_dir} keeps the last good checkpoint")
-
-    def log() -> None:
-        returns, _, successes, _ = play(eval_envs, policy, args.seed)
-        scalars = {"eval/return": returns.mean(), "eval/success_rate": successes.mean(), **losses}
-        if finished:
-            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
-            finished.clear()
-        if step > first_step:
-            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-        progress.set_postfix_str(f"return {returns.mean():.2f}, success {successes.mean():.0%}")
-
-    def write_pictures() -> None:
-        visits = play(make_envs(args, 100), policy, args.seed, np.random.default_rng([args.seed, 2]))[3]
-        writer.add_scalar("eval/visited_cells", np.count_nonzero(visits), step)
-        for name, figure in draw_pictures(maze, visits, critic, buffer).items():
-            figure.savefig(args.run_dir / f"{name}.png", dpi=120)
-            image = np.asarray(Image.open(args.run_dir / f"{name}.png").convert("RGB"))
-            writer.add_image(f"pictures/{name}", image, step, dataformats="HWC")
+    step, metrics, envs, batch = 0, {}, None, args.num_envs * args.num_steps
+    if args.evaluate:
+        step, *_ = load_checkpoint(Path(args.evaluate), parts)
+        episode_return, path = play(eval_env, evaluate_all_states(actor, critic)[2])
         if args.capture_video:
-            write_video(args.run_dir / "agent.gif", args, policy)
-
-    batch, first_step, started = args.num_envs * args.num_steps, step, time.time()
-    whole_batches = -(-args.total_timesteps // batch) * batch
-    progress = tqdm(total=whole_batches, initial=step, unit=" steps", disable=None)
-    with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
-        while step < args.total_timesteps:  # Schaul et al., Alg. 1, line 4
-            if caught or step % args.checkpoint_every < batch:
-                save_checkpoint()
-            if caught:
-                print(f"stopped at step {step}; --resume {args.run_dir} goes on from there", file=sys.stderr)
-                sys.exit(128 + caught[0])
-            policy = policy_table(actor)
-            if step % args.eval_every < batch:
-                log()
-
-            # Schaul et al., Alg. 1, lines 5 and 6: execute the policy, store its trajectories
-            rollout, cells = collect_rollout(envs, cells, policy, args.num_steps, rngs["rollout"])
-            finished += buffer.add(rollout)
-            # Improve the policy with the RL algorithm
-            losses |= update_actor_critic(actor, critic, optimizer, rollout, args)
-            step += batch
-
-            # Schaul et al., Alg. 1, lines 7 to 15: every few updates, learn from replayed transitions
-            if step // batch % args.replay_every == 0 and len(buffer):
-                for _ in range(args.replay_updates):
-                    losses |= update_from_replay(actor, critic, optimizer, buffer, args, rngs["replay"])
-
-            for name in losses:
-                if not np.isfinite(losses[name]):
-                    stop(f"{name} is {losses[name]}")
-            progress.update(batch)
-
-        save_checkpoint()
-        policy = policy_table(actor)
-        log()
-        write_pictures()
-    print(f"pictures, curves and the trained agent are in {args.run_dir}")
+            write_gif(Path(args.evaluate, f"agent_{step}.gif"), maze, path)
+        print(f"return {episode_return:.2f} in {len(path) - 1} steps")
+        return Path(args.evaluate)
+    with open_run(args) as run_dir:
+        if (run_dir / "checkpoint.pt").exists():
+            step, metrics = load_checkpoint(run_dir, parts)
+        first_step, started = step, time.time()
+        bar = tqdm(total=-(-args.total_timesteps // batch) * batch, initial=step, unit=" steps", disable=None)
+        with bar, SummaryWriter(run_dir, purge_step=step) as writer:
+            while True:  # Alg. 1, line 4
+                log_probs, values, policy = evaluate_all_states(actor, critic)
+                for name, value in (metrics | {"policy": policy.sum(), "value": values.sum().item()}).items():
+                    if not np.isfinite(value):
+                        raise FloatingPointError(f"{name} is {value} at step {step}")
+                finished = step >= args.total_timesteps
+                if finished or envs is None or step % args.checkpoint_every < batch:
+                    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+                    checkpoint |= {"rng": torch.get_rng_state(), "progress": (step, metrics)}
+                    writer.flush()
+                    with open(run_dir / "checkpoint.tmp", "wb") as file:
+                        torch.save(checkpoint, file)
+                    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")  # a kill leaves a whole one
+                    envs = FourRoomVectorEnv(args.num_envs, args.size)  # afresh, as in a run that is resumed from here
+                    states, _ = envs.reset(seed=args.seed + step)
+                if finished or step % args.eval_every < batch:
+                    episode_return, path = play(eval_env, policy)
+                    scalars = {"eval/return": episode_return, "eval/success_rate": float(path[-1] == maze.goal)}
+                    scalars["charts/SPS"] = (step - first_step) / (time.time() - started + 1e-9)
+                    for name, value in (metrics | scalars).items():
+                        writer.add_scalar(name, value, step)
+                    bar.set_postfix_str(f"return {episode_return:.2f}")
+                if finished:
+                    break
+                rollout, states = collect_rollout(envs, states, policy, args.num_steps)  # Alg. 1, line 5
+                step += batch
+                bar.update(batch)
+                rollout.truncated[-1] |= (step % args.checkpoint_every < batch) & ~rollout.terminated[-1]
+                if ended := buffer.add(rollout):  # Alg. 1, line 6
+                    mean_return, mean_length = np.mean(ended, axis=0).tolist()
+                    metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+                metrics |= update_actor_critic(optimizer, rollout, log_probs, values, args)
+                if len(buffer) and step // batch % args.replay_every == 0:  # Alg. 1, line 7
+                    for _ in range(args.replay_updates):  # Alg. 1, line 8
+                        metrics |= update_from_replay(actor, critic, optimizer, buffer, args)  # Alg. 1, lines 9 to 15
+            visits = np.concatenate([play(eval_env, policy, greedy=False)[1][:-1] for _ in range(100)])
+            writer.add_scalar("eval/visited_cells", len(set(visits)), step)
+            shares = 100 * buffer.powers / max(buffer.powers.sum(), 1e-6)
+            replay = buffer.tuples.states, buffer.tuples.actions, shares
+            for name, figure in draw_pictures(maze, visits, values.detach().numpy(), replay=replay).items():
+                figure.savefig(run_dir / f"{name}.png", dpi=120)
+                writer.add_figure(f"pictures/{name}", figure, step)
+            if args.capture_video:
+                write_gif(run_dir / "agent.gif", maze, path)
+    print(f"pictures, curves and the trained agent are in {run_dir}")
+    return run_dir
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        args = tyro.cli(Args)
+        if args.resume or args.evaluate:  # flags that are not given are those of the run
+            args = tyro.cli(Args, default=read_args(args))
+        main(args)
+    except (UsageError, FloatingPointError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit({FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2))

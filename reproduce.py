@@ -52,6 +52,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TextIO
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -132,6 +133,7 @@ SCALES = {
 
 NONE = "recall_a2c_fourroom.py --recall none"
 RECALL = "recall_a2c_fourroom.py --recall true"
+GOAL_KNOWN = f"{RECALL} --start-states goal"
 RANDOM = "recall_a2c_fourroom.py --recall random"
 LEARNED = "recall_a2c_fourroom.py --recall learned"
 PER = "per_a2c_fourroom.py --priority return"
@@ -153,7 +155,8 @@ class Panel(NamedTuple):
 
     title: str
     runs: dict[str, str]
-    kind: Literal["curves", "finals", "pictures"] = "curves"  # tag against steps; its last values; picture of a seed
+    # curves: tag against steps; finals: its last values; pictures: of a seed; growth: steps to success against the size
+    kind: Literal["curves", "finals", "pictures", "growth"] = "curves"
     tag: str = "eval/return"
     until: float | None = None  # last environment step that is drawn; of pictures, only the last up to then
 
@@ -193,7 +196,7 @@ def visits(*sizes: int) -> tuple[Panel, ...]:
     return *maps, *(rooms(size, METHODS, "finals", "eval/visited_cells") for size in sizes)
 
 
-ONCE = f"{RECALL} --recall-updates 1"
+ONCE = f"{RECALL} --recall-updates 1 --trace-length 25"
 RATIOS = {"1 : 1": ONCE, "5 : 1": f"{ONCE} --recall-every 5", "10 : 1": f"{ONCE} --recall-every 10"}
 LENGTHS = {"1 : 1 (25)": ONCE} | {
     f"1 : {n} ({length})": f"{RECALL} --recall-updates {n} --trace-length {length}"
@@ -238,7 +241,18 @@ POINT_MASSES = tuple(
     for dims in range(2, 7)
 )
 
-STEP_SIZES = {"actor-critic": NONE, "recall traces": RECALL}
+# The larger the maze, the longer a run that the plain actor-critic needs to solve it.
+MAZES = {11: 50_000, 15: 100_000, 19: 150_000, 25: 250_000, 31: 400_000, 41: 1_000_000}
+
+
+def in_maze(command: str, size: int) -> str:
+    """The command with a budget for a maze of that size, and with 50 evaluations."""
+    budget = 50_000 if command == GOAL_KNOWN else MAZES[size]
+    return f"{command} --size {size} --total-timesteps {budget} --eval-every {budget // 50}"
+
+
+GROWTH = METHODS | {"recall traces, goal known": GOAL_KNOWN}
+STEP_SIZES = {"actor-critic": NONE, "recall traces": RECALL, "recall traces, goal known": GOAL_KNOWN}
 STEP_SIZES |= {f"{label}, 2e-3": f"{command} --learning-rate 2e-3" for label, command in STEP_SIZES.items()}
 REPLAY_UPDATES = {"PER, 1": f"{PER} --replay-updates 1", "PER, 4": f"{PER} --replay-updates 4", "PER, 16": PER}
 REPLAY_UPDATES |= {"actor-critic": NONE, "recall traces": RECALL}
@@ -373,6 +387,19 @@ FIGURES = {
         note="Section 6.3 names this task; its figures show mazes. At 4d474de the critic clipped extreme returns.",
         seeds=3,
     ),
+    "maze-size": PaperFigure(
+        "ours",
+        "Four rooms: how the cost grows with the maze",
+        (
+            Panel(
+                "steps to the first success",
+                {f"{label}, {size}": in_maze(command, size) for label, command in GROWTH.items() for size in MAZES},
+                "growth",
+            ),
+        ),
+        note="Section 4 of the paper: the goal may be known ahead of time; then recall traces need not wait until the "
+        "agent has been there. Interquartile means with 95 % intervals; crosses are seeds that never succeed.",
+    ),
     "step-size": PaperFigure(
         "ours",
         "Four rooms: a faster actor-critic (RMSprop 2e-3 instead of 7e-4)",
@@ -409,7 +436,10 @@ class Run(NamedTuple):
 def make_run(command: str, seed: int, args: Args) -> Run:
     script, *flags = shlex.split(command)
     scales = GOAL_GAN_ANT if "AntUMaze-v0" in flags else SCALES[script]
-    words = [*flags, *shlex.split(scales[args.scale]), "--seed", str(seed)]
+    of_scale = shlex.split(scales[args.scale])
+    own, usual = (dict(zip(words[::2], words[1::2], strict=True)) for words in (flags, of_scale))
+    pairs = (own | usual if args.scale == "smoke" else own | {k: usual[k] for k in usual if k not in own}).items()
+    words = [word for pair in (*pairs, ("--seed", str(seed))) for word in pair]
     name = "_".join(f"{flag.removeprefix('--')}={value}" for flag, value in zip(words[::2], words[1::2], strict=True))
     return Run((script, *words), args.runs_dir / script.removesuffix(".py") / name)
 
@@ -782,7 +812,8 @@ def write_summary(path: Path, curves: dict[str, Curves]) -> None:
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"actor-critic": "#000000", "recall traces": "#0072b2", "PER": "#d55e00", "PER by TD error": "#e69f00"}
 COLOURS |= {"both learned": "#009e73", "random backward actions": "#cc79a7", "PER, 16": "#d55e00"}
-COLOURS |= {"actor-critic, 2e-3": "#888888", "recall traces, 2e-3": "#56b4e9"}
+COLOURS |= {"actor-critic, 2e-3": "#888888", "recall traces, 2e-3": "#56b4e9", "recall traces, goal known": "#009e73"}
+COLOURS |= {"recall traces, goal known, 2e-3": "#b2df8a"}
 COLOURS |= dict.fromkeys(("soft actor-critic", "TRPO", "Goal GAN"), "#000000") | {"untrained model": "#cc79a7"}
 DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.5)))
 LABELS = {"eval/return": "return of the greedy policy", "eval/visited_cells": "distinct cells visited"}
@@ -811,6 +842,9 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
                 axes.imshow(Image.open(io.BytesIO(shown[last])))
                 axes.axis("off")
                 axes.set_title(f"{label}, {panel.title}, seed {seed}", fontsize=13)
+                continue
+            if panel.kind == "growth":
+                legend |= draw_growth(axes, panel, runs, curves)
                 continue
             free = [colour for colour in MORE_COLOURS if colour not in map(COLOURS.get, panel.runs)]
             own = [label for label in panel.runs if label not in COLOURS]
@@ -849,6 +883,30 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
             columns = min(len(legend), 2 * across + 1)
             drawing.legend(legend.values(), legend, loc="outside upper center", ncols=columns, frameon=False)
     return drawing
+
+
+def draw_growth(axes, panel: Panel, runs: dict[str, str], curves: dict[str, Curves]) -> dict:
+    """Steps to success against the size of the maze, a line for each method; returns the lines by label."""
+    points = {}  # method: [(size, what its seeds have logged)]
+    for key, command in runs.items():
+        label, _, size = key.rpartition(", ")
+        points.setdefault(label, []).append((int(size), curves[command]))
+    lines = {}
+    for label, found in points.items():
+        sizes, settings = zip(*found, strict=True)
+        steps = [steps_to_success(setting) for setting in settings]
+        low, high = zip(*map(interval, steps), strict=True)
+        means = [interquartile_mean(values) for values in steps]
+        lines[label] = axes.plot(sizes, means, color=COLOURS[label], lw=2.2, marker="o", ms=5)[0]
+        axes.fill_between(sizes, low, high, color=COLOURS[label], alpha=0.2, lw=0)
+        for size, setting in found:
+            failed = np.count_nonzero(~(setting.success() >= 0.9).any(axis=1))
+            axes.plot([size] * failed, [setting.steps[-1]] * failed, "x", color=COLOURS[label], ms=9)
+    axes.set(xscale="log", yscale="log", xlabel="size of the maze", ylabel="environment steps", title=panel.title)
+    axes.set_xticks(sorted({size for found in points.values() for size, _ in found}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------ verdicts
@@ -996,6 +1054,23 @@ CLAIMS = (
         "SAC: 20 recall updates need shorter traces, 20 : 5 (10) against 20 : 5 (20)",
         (SAC_RATIOS["20 : 5 (10)"], SAC_RATIOS["20 : 5 (20)"]),
         ("HalfCheetah-v5", "Hopper-v5"),
+    ),
+    *(
+        Claim("maze-size", f"{text} ({n} x {n})", tuple(in_maze(command, n) for command in pair))
+        for text, pair in (
+            ("Recall traces need fewer steps than the actor-critic", (NONE, RECALL)),
+            ("Recall traces with the goal known need fewer steps than the actor-critic", (NONE, GOAL_KNOWN)),
+            ("Recall traces need fewer steps than PER", (PER, RECALL)),
+            ("Recall traces need fewer steps than PER by TD error", (TD_ERROR, RECALL)),
+        )
+        for n in MAZES
+    ),
+    *in_rooms(
+        "step-size",
+        "Recall traces with the goal known need fewer steps than a faster actor-critic (RMSprop 2e-3)",
+        (15, 19),
+        f"{NONE} --learning-rate 2e-3",
+        GOAL_KNOWN,
     ),
     *(
         Claim(

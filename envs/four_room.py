@@ -16,6 +16,7 @@ wall.
     #########
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -40,10 +41,7 @@ class FourRoomMaze:
     starts:            (n,) the cells in which an episode may start
     goal:              the cell that ends the episode
     next_cell:         (S, A) the forward dynamics (a wall cell, and the terminal goal, lead to themselves)
-    predecessors:      (S, A, 2) the exact backward dynamics: the cells from which `action` leads into a cell. There are
-                       at most two, first the neighbour, then, where the agent bumps into a wall, the cell itself; -1
-                       fills the rest. The goal is terminal, so it precedes nothing.
-    num_predecessors:  (S, A) how many of the two there are
+    predecessors:      (S, A, 2) the exact backward dynamics, see `exact_predecessors`
 
     Raises ValueError for a size below 7, and for a start or goal in a wall, outside the maze, or the same.
     """
@@ -73,15 +71,7 @@ class FourRoomMaze:
         blocked = ~self.free[neighbours % size**2] | ~self.free[:, None] | (cells == self.goal)[:, None]
         self.next_cell = np.where(blocked, cells[:, None], neighbours)
 
-        self.predecessors = np.full((size**2, len(MOVES), 2), -1)
-        self.num_predecessors = np.zeros((size**2, len(MOVES)), dtype=np.int64)
-        sources, actions = np.nonzero((self.free & (cells != self.goal))[:, None] & np.ones(len(MOVES), dtype=bool))
-        targets = self.next_cell[sources, actions]
-        for bump in (False, True):  # at most one neighbour and one bump lead into each (cell, action)
-            led = (targets == sources) == bump
-            into = targets[led], actions[led]
-            self.predecessors[*into, self.num_predecessors[into]] = sources[led]
-            self.num_predecessors[into] += 1
+        self.predecessors = exact_predecessors(self.next_cell, self.free & (cells != self.goal))
 
     def _cell(self, name: str, position: Position) -> int:
         row, column = (int(p) + self.size * (p < 0) for p in position)
@@ -120,6 +110,23 @@ class FourRoomMaze:
             [[colours[symbol] for symbol in line] for line in self.text(agent).splitlines()], dtype=np.uint8
         )
         return image.repeat(pixels, axis=0).repeat(pixels, axis=1)
+
+
+def exact_predecessors(next_cell: np.ndarray, can_act: np.ndarray) -> np.ndarray:
+    """The cells from which each action leads into each cell, (S, A, 2): the exact backtracking model of section 6.1.
+
+    next_cell: (S, A) the cell into which each action leads from each cell; can_act: (S,) bool, the cells in which the
+    agent acts, which are neither walls nor the goal, where episodes end. At most two cells lead into a cell by the same
+    action: its neighbour, which comes first, and, where the action bumps into a wall, the cell itself. The rest is -1.
+    """
+    predecessors = np.full((*next_cell.shape, 2), -1)
+    for bumps in (False, True):
+        for cell in np.flatnonzero(can_act):
+            for action, after in enumerate(next_cell[cell]):
+                if (after == cell) == bumps:
+                    slot = 0 if predecessors[after, action, 0] == -1 else 1
+                    predecessors[after, action, slot] = cell
+    return predecessors
 
 
 class FourRoomEnv(gym.Env):
@@ -261,7 +268,7 @@ def _checked_max_steps(max_steps: int | None, size: int) -> int:
 def draw_cells(maze: FourRoomMaze, values: np.ndarray, title: str = "", arrows: np.ndarray | None = None):
     """Draws any quantity per cell over the maze, as in Figures 3 and 10, and returns the matplotlib Figure.
 
-    values: (S,), NaN where there is nothing to show; the colours start at 0, or at the lowest value if that is less.
+    values: (S,); the colours start at 0, or at the lowest value if that is less. Cells of value 0 are left blank.
     arrows: (S, A) weights of the actions; each cell gets one arrow along their mean direction.
     """
     from matplotlib.figure import Figure  # the environments themselves need no matplotlib
@@ -270,7 +277,7 @@ def draw_cells(maze: FourRoomMaze, values: np.ndarray, title: str = "", arrows: 
     figure = Figure(figsize=(5.6, 4.8), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(np.where(maze.free, 1.0, 0.2).reshape(grid), cmap="gray", vmin=0, vmax=1)
-    shown = np.ma.masked_where(~maze.free | np.isnan(values), values).reshape(grid)
+    shown = np.ma.masked_where(~maze.free | (values == 0), values).reshape(grid)
     heat = axes.imshow(shown, cmap="viridis", vmin=min(0, shown.min()) if shown.count() else None)
     figure.colorbar(heat, ax=axes, shrink=0.9)
     if arrows is not None:
@@ -285,3 +292,35 @@ def draw_cells(maze: FourRoomMaze, values: np.ndarray, title: str = "", arrows: 
             axes.text(column, row, name, color="#d55e00", weight="bold", ha="center", va="center", bbox=box)
     axes.set(title=title, xticks=[], yticks=[])
     return figure
+
+
+def draw_pairs(maze: FourRoomMaze, cells, actions, weights, title: str):
+    """Draws the weight on each cell, and the mean direction of its actions; cells, actions and weights (n,)."""
+    sums = np.zeros(maze.next_cell.shape)
+    np.add.at(sums, (np.asarray(cells), np.asarray(actions)), weights)
+    return draw_cells(maze, sums.sum(axis=1), title, arrows=sums)
+
+
+def draw_pictures(maze: FourRoomMaze, visits, values, traces=None, replay=None) -> dict[str, Any]:
+    """What a run shows at its end: name to matplotlib Figure.
+
+    visits: (n,) the cells visited in 100 episodes, without the goal (Figures 3 and 10); values: (S,) the value of each
+    cell; traces: cells and actions (n,) of recall traces; replay: cells, actions and weights (n,) of replay.
+    """
+    counts = np.bincount(visits, minlength=maze.size**2)
+    title = f"Visits in 100 episodes: {np.count_nonzero(counts)} of {np.count_nonzero(maze.free) - 1} cells"
+    values = np.where(np.arange(maze.size**2) == maze.goal, 0, values)  # no action is taken there
+    figures = {"visits": draw_cells(maze, counts, title), "values": draw_cells(maze, values, "Value of each cell")}
+    if traces is not None:
+        figures["traces"] = draw_pairs(maze, *traces, 1, "Recall traces")
+    if replay is not None:
+        figures["replay"] = draw_pairs(maze, *replay, "Share of each cell in replay, %")
+    return figures
+
+
+def write_gif(path: Path, maze: FourRoomMaze, cells: list[int]) -> None:
+    """Writes an episode that visited these cells as a GIF."""
+    from PIL import Image
+
+    first, *others = (Image.fromarray(maze.image(cell)) for cell in cells)
+    first.save(path, save_all=True, append_images=others, duration=[100] * len(others) + [1500], loop=0)

@@ -1,0 +1,595 @@
+"""What a run of the scripts in SCRIPTS promises: its folder, checkpoints, resume, errors, tags.
+
+The functions of the run are the same to the letter in these scripts (tests/test_contract.py holds them to it), so one
+script is tested in depth, and the others where it is cheap.
+"""
+
+import errno
+import importlib
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {  # the flag that chooses the method, and small arguments: 1 200 steps take less than half a second
+    "recall_a2c_fourroom": (
+        "recall",
+        {"size": 7, "num_envs": 4, "num_steps": 5, "num_traces": 16, "backtracking_batch_size": 64},
+    ),
+    "per_a2c_fourroom": ("priority", {"size": 7, "num_envs": 4, "num_steps": 5, "replay_batch_size": 64}),
+}
+MODES = {
+    "recall_a2c_fourroom": ("none", "true", "learned", "random"),
+    "per_a2c_fourroom": ("return", "td-error"),
+}
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+BASE_TAGS = {"charts/episodic_return", "charts/episodic_length", "eval/return", "eval/success_rate"}
+BASE_TAGS |= {"losses/policy_loss", "losses/value_loss", "losses/entropy", "eval/visited_cells"}
+REPLAY_TAGS = {"replay/policy_loss", "replay/value_loss", "replay/advantage", "replay/weight"}
+TAGS = {"none": set(), "random": {"recall/imitation_loss", "recall/trace_length"}}
+TAGS["true"] = TAGS["learned"] = TAGS["random"] | {"recall/backtracking_loss"}
+TAGS["return"] = TAGS["td-error"] = REPLAY_TAGS
+
+
+def settings(name, **changes):
+    """A short run: five checkpoints and evaluations."""
+    short = {"total_timesteps": 1200, "checkpoint_every": 240, "eval_every": 240}
+    return short | SCRIPTS[name][1] | changes
+
+
+def call(name, **arguments):
+    module = importlib.import_module(name)
+    return module.main(module.Args(**arguments))
+
+
+def train(name, run_dir, **changes):
+    return call(name, **settings(name, run_dir=str(run_dir), **changes))
+
+
+def flags(**arguments):
+    pairs = ((f"--{key.replace('_', '-')}", value) for key, value in arguments.items())
+    return [word for flag, value in pairs for word in ([flag] if value is True else [flag, str(value)])]
+
+
+def execute(*command, cwd, **environment):
+    """Runs a Python command; no module of this repository can be found unless it is told."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"PYTHONDONTWRITEBYTECODE": "1"} | environment
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def fork(function):
+    """Runs a function in a child process, which has all imports of this one; returns its number."""
+    with warnings.catch_warnings(action="ignore"):
+        child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            function()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def wait(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def load(run_dir):
+    return torch.load(Path(run_dir, "checkpoint.pt"), weights_only=True)
+
+
+def differences(one, other, path="checkpoint"):
+    """Where two checkpoints, or parts of them, differ in a single bit."""
+    if type(one) is not type(other):
+        return [path]
+    if isinstance(one, torch.Tensor):
+        same = one.dtype == other.dtype and one.shape == other.shape
+        return [] if same and one.contiguous().numpy().tobytes() == other.contiguous().numpy().tobytes() else [path]
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [path]
+        return [found for key in one for found in differences(one[key], other[key], f"{path}[{key!r}]")]
+    if isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return [path]
+        return [f for i, pair in enumerate(zip(one, other, strict=True)) for f in differences(*pair, f"{path}[{i}]")]
+    return [] if one == other or (one != one and other != other) else [path]
+
+
+def tensors(value):
+    """All tensors in a checkpoint or a part of one."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in inner for tensor in tensors(part)]
+
+
+def logged(run_dir):
+    """All that TensorBoard shows of a run but its speed: tag to [(step, value)], of pictures their bytes."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "images": 0}).Reload()
+    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag in events.Tags()["images"]:
+        curves[tag] = [(event.step, event.encoded_image_string) for event in events.Images(tag)]
+    curves.pop("charts/SPS", None)
+    return curves
+
+
+def assert_same(run, reference):
+    """The same bits in checkpoint and TensorBoard, each step once, the same files."""
+    assert differences(load(run), load(reference)) == []
+    curves, expected = logged(run), logged(reference)
+    assert curves.keys() == expected.keys()
+    for tag, points in curves.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), tag
+        assert points == expected[tag], tag
+    pictures = [sorted(path.name for path in Path(folder).glob("*.png")) for folder in (run, reference)]
+    assert pictures[0] == pictures[1] != []
+    arguments = [json.loads(Path(f, "args.json").read_text()) | {"run_dir": None} for f in (run, reference)]
+    assert arguments[0] == arguments[1]
+
+
+def contents(folder):
+    """All files (with their bytes) and folders in a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A function that gives the folder of a finished run, to be read only; each run is made once."""
+    made = {}
+
+    def run(name, **changes):
+        key = (name, *sorted(changes.items()))
+        if key not in made:
+            made[key] = train(name, tmp_path_factory.mktemp("runs") / "run", **changes)
+        return made[key]
+
+    return run
+
+
+def refused(name, flag, **arguments):
+    """Asserts that main refuses these arguments, in one line that names the flag."""
+    module = importlib.import_module(name)
+    with pytest.raises(module.UsageError) as caught:
+        call(name, **arguments)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    assert re.search(rf"--{flag}\b", message), message
+
+
+# ------------------------------------------------------------------------------------------------------ bits
+
+
+@every_script
+def test_same_seed_same_bits_and_another_seed_is_another_run(name, tmp_path, finished):
+    assert_same(train(name, tmp_path / "again"), finished(name))
+    other = train(name, tmp_path / "other", seed=2)
+    assert differences(load(other)["actor"], load(finished(name))["actor"]) != []
+    assert logged(other)["charts/episodic_return"] != logged(finished(name))["charts/episodic_return"]
+
+
+def test_recall_flags_change_nothing_without_recall(tmp_path, monkeypatch, finished):
+    """--recall none draws the same random numbers whatever they say, and no recall code is executed."""
+    name = "recall_a2c_fourroom"
+    others = {"trace_length": 3, "num_traces": 5, "recall_every": 2, "recall_updates": 3, "backtracking_updates": 2}
+    others |= {"backtracking_batch_size": 7, "backtracking_lr": 0.5, "imitation_lr": 0.5, "start_states": "goal"}
+    for part in ("BacktrackingModel", "update_backtracking_model", "high_value_states", "recall_traces", "imitate"):
+        monkeypatch.setattr(f"{name}.{part}", lambda *args, part=part, **kwargs: pytest.fail(f"{part} was called"))
+    run, reference = train(name, tmp_path / "run", recall="none", **others), finished(name, recall="none")
+    assert differences(load(run), load(reference)) == []
+    assert logged(run) == logged(reference)
+
+
+@every_script
+def test_evaluation_changes_no_training_number(name, tmp_path, finished):
+    run = train(name, tmp_path / "run", eval_every=10**9, capture_video=True)
+    assert [step for step, _ in logged(run)["eval/return"]] == [0, 1200]
+    assert differences(load(run), load(finished(name))) == []
+
+
+# ------------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("recall_a2c_fourroom", {"recall": "true"}),
+        ("recall_a2c_fourroom", {"recall": "learned"}),
+        ("recall_a2c_fourroom", {"recall": "none"}),
+        ("per_a2c_fourroom", {"priority": "td-error"}),
+    ],
+)
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(name, changes, tmp_path, finished):
+    """SIGKILL, five times, each after one to four checkpoints more and a random time."""
+    longer = {"total_timesteps": 4800, **changes}
+    run, rng, reached = tmp_path / "run", random.Random(1), [0]
+    for kill in range(5):
+        arguments = {"resume": str(run)} if kill else settings(name, run_dir=str(run), **longer)
+        child = fork(lambda arguments=arguments: call(name, **arguments))
+        path, seen, wanted = run / "checkpoint.pt", set(), rng.randint(2, 5)
+        while len(seen) < wanted:
+            time.sleep(0.0005)
+            if path.exists():
+                seen.add(path.stat().st_mtime_ns)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        assert wait(child) == -signal.SIGKILL, "it ended before the signal"
+        reached.append(load(run)["progress"][0])
+    assert reached == sorted(reached) and 0 < reached[1] < reached[-1] < 4800
+    assert wait(fork(lambda: call(name, resume=str(run)))) == 0
+    assert_same(run, finished(name, **longer))
+
+
+@every_script
+def test_killed_before_the_first_checkpoint_and_resumed_equals_uninterrupted(name, tmp_path, finished):
+    train(name, tmp_path / "run", total_timesteps=20)
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    call(name, resume=tmp_path / "run", total_timesteps=1200)
+    assert_same(tmp_path / "run", finished(name))
+
+
+@every_script
+def test_a_run_that_grows_equals_a_long_one(name, tmp_path, finished):
+    """Where the shorter one ends with a checkpoint that the longer one makes too."""
+    run = train(name, tmp_path / "run", total_timesteps=720)
+    call(name, resume=run, total_timesteps=1200)
+    assert_same(run, finished(name))
+    assert json.loads((run / "args.json").read_text())["total_timesteps"] == 1200
+    call(name, resume=run)  # of a finished run nothing changes
+    assert_same(run, finished(name))
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeypatch, finished):
+    name, save, saved = "recall_a2c_fourroom", torch.save, []
+
+    def fill(state, file):
+        saved.append(state)
+        if len(saved) == 4:
+            file.write(b"half of a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill)
+        with pytest.raises(OSError, match=r"^[^\n]*No space left on device; --resume \S*run goes on[^\n]*$"):
+            train(name, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.tmp").exists()
+    assert load(tmp_path / "run")["progress"][0] == saved[2]["progress"][0]
+    call(name, resume=tmp_path / "run")
+    assert_same(tmp_path / "run", finished(name))
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, finished):
+    command = [sys.executable, str(ROOT / "recall_a2c_fourroom.py"), "--run-dir", "run"]
+    command += flags(**settings("recall_a2c_fourroom", total_timesteps=10**6))
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "run" / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert re.fullmatch(r"error: stopped; --resume run goes on from the last checkpoint\n", errors), errors
+
+
+# ------------------------------------------------------------------------------------------------------ folder
+
+
+def test_two_processes_that_start_in_the_same_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+    name = "recall_a2c_fourroom"
+    runs = [call(name, **settings(name)) for _ in range(3)]
+    assert len({*runs}) == 3 and all((run / "checkpoint.pt").exists() for run in runs)
+    first = "FourRoom-v0__recall_a2c_fourroom__true__seed1__1700000000"
+    assert sorted(run.name for run in runs) == [first, f"{first}_2", f"{first}_2_2"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_processes_with_one_folder(resumed, tmp_path, finished):
+    """One goes on, undisturbed, the others are refused in one line; also where all of them start at once."""
+    name, run = "recall_a2c_fourroom", tmp_path / "run"
+    if resumed:
+        train(name, run, total_timesteps=240)
+    arguments = {"resume": str(run), "total_timesteps": 1200} if resumed else settings(name, run_dir=str(run))
+    statuses, module = [], importlib.import_module(name)
+
+    def start():
+        try:
+            call(name, **arguments)
+        except module.UsageError:
+            os._exit(2)
+
+    statuses = [wait(child) for child in [fork(start) for _ in range(4)]]
+    if resumed:  # one that comes when the first has ended finds a finished run
+        assert statuses.count(0) >= 1 and set(statuses) <= {0, 2}
+    else:
+        assert sorted(statuses) == [0, 2, 2, 2]
+    assert_same(run, finished(name))
+
+
+def test_a_run_that_is_at_work_is_not_resumed_by_another_process(tmp_path):
+    """Its folder is free again as soon as its process is gone, however it ended."""
+    name, run = "recall_a2c_fourroom", tmp_path / "run"
+    child = fork(lambda: train(name, run, total_timesteps=10**7))
+    while not (run / "checkpoint.pt").exists():
+        time.sleep(0.001)
+    module = importlib.import_module(name)
+    for arguments in ({"resume": str(run)}, settings(name, run_dir=str(run))):
+        with pytest.raises(module.UsageError, match=r"another process|--run-dir must be new or empty"):
+            call(name, **arguments)
+    assert call(name, evaluate=str(run)) == run  # which writes nothing
+    os.kill(child, signal.SIGKILL)
+    wait(child)
+    step = load(run)["progress"][0]
+    call(name, resume=str(run), total_timesteps=step + 20)
+    assert load(run)["progress"][0] == step + 20
+
+
+@every_script
+def test_a_run_holds_arguments_checkpoint_events_and_pictures(name, finished):
+    run = finished(name)
+    names = sorted(path.name for path in run.iterdir() if not path.name.startswith("events.out.tfevents."))
+    pictures = [n for n in names if n.endswith(".png")]
+    assert [n for n in names if n not in (*pictures, "lock")] == ["args.json", "checkpoint.pt"]
+    assert {f"pictures/{n.removesuffix('.png')}" for n in pictures} == {t for t in logged(run) if t.startswith("pict")}
+    assert {"visits.png", "values.png", "traces.png" if "recall" in name else "replay.png"} == {*pictures}
+    assert settings(name).items() <= json.loads((run / "args.json").read_text()).items()
+    checkpoint = load(run)
+    assert checkpoint["progress"][0] == 1200
+    assert all(tensor.isfinite().all() for tensor in tensors(checkpoint))
+
+
+@pytest.mark.parametrize("name, mode", [(name, mode) for name in SCRIPTS for mode in MODES[name]])
+def test_tags_are_spelt_alike(name, mode, finished):
+    run = finished(name, **{SCRIPTS[name][0]: mode})
+    curves = {tag: points for tag, points in logged(run).items() if not tag.startswith("pictures/")}
+    assert {*curves} == BASE_TAGS | TAGS[mode]
+    assert all(np.isfinite([value for _, value in points]).all() for points in curves.values())
+    assert [step for step, _ in curves["eval/return"]] == [0, 240, 480, 720, 960, 1200]
+    assert all(points[-1][0] == 1200 for points in curves.values())
+    speeds = EventAccumulator(str(run)).Reload().Scalars("charts/SPS")
+    assert all(event.value > 0 for event in speeds[1:])
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+@every_script
+def test_evaluate_plays_the_last_evaluation_and_writes_only_a_video(name, tmp_path, capsys, finished):
+    run = train(name, tmp_path / "run")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    call(name, evaluate=str(run))
+    (value, steps) = re.fullmatch(r"return (-?\d+\.\d+) in (\d+) steps\n", capsys.readouterr().out).groups()
+    assert value == f"{logged(run)['eval/return'][-1][1]:.2f}"
+    assert contents(tmp_path) == before
+    call(name, evaluate=str(run), capture_video=True)
+    after = contents(tmp_path)
+    (video,) = after.keys() - before.keys()
+    assert {path: after[path] for path in before} == before
+    with Image.open(video) as image:
+        assert (image.format, image.n_frames) == ("GIF", int(steps) + 1)
+    assert [*run.glob("agent.gif")] == []  # training writes one only when told
+    assert [*train(name, tmp_path / "other", capture_video=True).glob("agent.gif")] != []
+
+
+@every_script
+def test_an_agent_is_loaded_in_five_lines_of_python(name, tmp_path, finished):
+    """Those of its page, with the folder of a run in place of RUN_DIR."""
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 5
+    run = train(name, tmp_path / "run", size=15, total_timesteps=20)
+    scope = {}
+    exec(code.replace("RUN_DIR", str(run)), scope)
+    module = importlib.import_module(name)
+    actor = module.mlp(torch.nn.Embedding(225, 64), 4)
+    actor.load_state_dict(load(run)["actor"])
+    expected = torch.softmax(actor(torch.arange(225)), dim=1)
+    torch.testing.assert_close(scope["policy"], expected.detach())
+
+
+# ------------------------------------------------------------------------------------------------------ surroundings
+
+
+def test_a_program_with_flags_of_its_own_trains_in_a_thread_and_goes_on(tmp_path):
+    """From a source without a file, too, as in a notebook; and no guard is an assert, which -O removes."""
+    code = f"""
+import sys, threading
+source = open({str(ROOT / "recall_a2c_fourroom.py")!r}).read()
+cell = {{"__name__": "cell"}}
+exec(compile(source, "<cell>", "exec"), cell)
+import recall_a2c_fourroom as script
+arguments = {settings("recall_a2c_fourroom")!r}
+runs = []
+def work(Args, main):
+    run = main(Args(run_dir="", **arguments))
+    runs.append(main(Args(resume=str(run), total_timesteps=1240)))
+for scope in (vars(script), cell):
+    thread = threading.Thread(target=work, args=(scope["Args"], scope["main"]))
+    thread.start(); thread.join()
+assert False, "-O removes this"
+print(len(set(runs)), sys.argv[1:])
+"""
+    result = execute("-O", "-c", code, "--seed", "x", "--own-flag", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "2 ['--seed', 'x', '--own-flag']"
+    for name in SCRIPTS:
+        assert " assert " not in (ROOT / f"{name}.py").read_text()
+
+
+def test_two_runs_in_two_threads_of_one_program(tmp_path):
+    """Each has its own folder; they share torch's random numbers."""
+    threads = [
+        threading.Thread(target=train, args=("recall_a2c_fourroom", tmp_path / folder)) for folder in ("one", "two")
+    ]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert all((tmp_path / folder / "checkpoint.pt").exists() for folder in ("one", "two"))
+
+
+@every_script
+def test_importing_does_nothing(name, tmp_path):
+    """No output, no file, no look at the command line, and nothing changed for the whole process."""
+    state = (
+        "[torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), torch.get_num_threads(),"
+        " torch.are_deterministic_algorithms_enabled(), signal.getsignal(2), signal.getsignal(15)]"
+    )
+    code = f"import signal, torch, numpy as np; before = {state}; import {name}; assert {state} == before"
+    result = execute("-c", code, "--no-such-flag", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert contents(tmp_path) == {}
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@every_script
+def test_refuses_numbers_out_of_range(name, tmp_path):
+    module = importlib.import_module(name)
+    tried = 0
+    for field, annotation in module.Args.__annotations__.items():
+        bad = []
+        if annotation in (float, float | None):
+            bad = [-1.0, float("nan"), float("inf")]
+        if annotation in (int, int | None):
+            bad = [-1] if field == "seed" else [-1, 0]
+        for number in bad:
+            refused(name, field.replace("_", "-"), **settings(name) | {field: number})
+            tried += 1
+    assert tried > 30
+    for field, number in (("size", 6), ("gamma", 1.5), ("gae_lambda", 1.01), ("seed", 2**64)):
+        refused(name, field.replace("_", "-"), **settings(name) | {field: number})
+    assert contents(tmp_path) == {}
+
+
+@every_script
+def test_refuses_a_folder_that_is_not_empty_or_cannot_be_made(name, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious")
+    before = contents(tmp_path)
+    refused(name, "run-dir", **settings(name, run_dir=str(tmp_path / "full")))
+    for path in ("full/file", "full/file/run", "name" * 100):
+        with pytest.raises(OSError, match=re.escape(path.split("/")[0])):
+            call(name, **settings(name, run_dir=str(tmp_path / path)))
+    assert contents(tmp_path) == before
+
+
+@every_script
+def test_refuses_to_go_on_with_other_arguments(name, tmp_path, finished):
+    run = train(name, tmp_path / "run")
+    before = contents(tmp_path)
+    for flag in ("resume", "evaluate"):
+        for field, value in (("seed", 7), ("num_envs", 3), ("run_dir", "other"), ("learning_rate", 1.0)):
+            refused(name, field.replace("_", "-"), **{flag: run}, **settings(name) | {field: value})
+        refused(name, "total-timesteps", **{flag: run}, total_timesteps=0)
+    assert contents(tmp_path) == before
+
+
+@every_script
+def test_the_command_line_is_refused_in_one_line(name, tmp_path, finished):
+    """Status 2, nothing on stdout, no file: bad flags, bad folders, and a default value where the run has another."""
+    run = str(train(name, tmp_path / "run", seed=3))
+    before = contents(tmp_path)
+    script = str(ROOT / f"{name}.py")
+    for words, named in (
+        (["--size", "6"], "--size"),
+        (["--resume", run, "--seed", "1"], "--seed"),
+        (["--evaluate", str(tmp_path / "nothing")], "--evaluate"),
+        (["--run-dir", run], "--run-dir"),
+        (["--run-dir", f"{run}/args.json"], "args.json"),
+    ):
+        result = execute(script, *words, cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (2, ""), words
+        assert re.fullmatch(rf"error: [^\n]*{named}[^\n]*\n", result.stderr), result.stderr
+    result = execute(script, f"--{SCRIPTS[name][0]}", "perfectly", cwd=tmp_path)
+    assert result.returncode == 2 and f"--{SCRIPTS[name][0]}" in result.stderr
+    assert contents(tmp_path) == before
+
+
+class Attack:
+    """A pickle that makes a file in the working directory."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_one_line_and_its_code_is_not_executed(tmp_path, finished):
+    name = "recall_a2c_fourroom"
+    run = train(name, tmp_path / "run")
+    whole = (run / "checkpoint.pt").read_bytes()
+    torch.save({"actor": Attack()}, tmp_path / "attack")
+    torch.save(load(run) | {"actor": load(train(name, tmp_path / "larger", size=8))["actor"]}, tmp_path / "larger.pt")
+    module, damaged = importlib.import_module(name), [whole[: len(whole) // 2], b"", b"garbage" * 1000]
+    for data in (*damaged, *((tmp_path / file).read_bytes() for file in ("attack", "larger.pt"))):
+        (run / "checkpoint.pt").write_bytes(data)
+        before = contents(run)
+        for flag in ("resume", "evaluate"):
+            with pytest.raises(module.UsageError, match=r"^[^\n]*run has no checkpoint of this run[^\n]*$"):
+                call(name, **{flag: str(run)})
+        assert {path: data for path, data in contents(run).items() if path.name != "args.json"} == {
+            path: data for path, data in before.items() if path.name != "args.json"
+        }
+    (run / "checkpoint.pt").unlink()
+    with pytest.raises(module.UsageError, match="no checkpoint"):
+        call(name, evaluate=str(run))
+    assert not Path("executed").exists()
+    torch.load(tmp_path / "attack", weights_only=False)
+    assert Path("executed").exists()  # it would have worked
+
+
+@every_script
+def test_a_loss_that_diverges_ends_the_run_and_keeps_a_good_checkpoint(name, tmp_path):
+    fields = [f for f in vars(importlib.import_module(name).Args()) if f.endswith(("learning_rate", "_lr"))]
+    for field in fields:
+        run = tmp_path / field
+        with pytest.raises(FloatingPointError) as caught:
+            train(name, run, checkpoint_every=1, **{SCRIPTS[name][0]: MODES[name][1], field: 1e38})
+        message = str(caught.value)
+        assert re.fullmatch(
+            r"(policy|value|\w+/\w+) is (nan|inf|-inf) at step \d+; --resume \S+ goes on [^\n]*", message
+        )
+        assert 0 <= load(run)["progress"][0] < int(re.search(r"\bstep (\d+)\b", message)[1])
+        assert all(tensor.isfinite().all() for tensor in tensors(load(run)))
+
+
+def test_settings_of_every_flag_run(tmp_path):
+    """One run with another value of every flag that has one."""
+    name = "recall_a2c_fourroom"
+    others = {"seed": 5, "size": 8, "num_envs": 3, "num_steps": 7, "learning_rate": 1e-3, "gamma": 0.9}
+    others |= {"gae_lambda": 0.5, "ent_coef": 0.0, "vf_coef": 1.0, "max_grad_norm": 1.0, "num_traces": 3}
+    others |= {"trace_length": 5, "recall_every": 2, "recall_updates": 3, "backtracking_updates": 1}
+    others |= {"backtracking_batch_size": 9, "backtracking_lr": 1e-3, "imitation_lr": 1e-3, "top_trajectories": 2}
+    for mode, start in itertools.product(("true", "learned"), ("value", "goal")):
+        run = tmp_path / f"{mode} {start}"
+        train(name, run, recall=mode, start_states=start, top_fraction=0.5, capture_video=True, **others)
+        assert load(run)["progress"][0] == 1218
+        assert "recall/imitation_loss" in logged(run)
