@@ -18,6 +18,7 @@ The default 15 x 15 maze is solved after about 9 000 environment steps, against 
 Shapes: S states, A actions, T x E steps of a rollout in E environments, N traces, n and B any number.
 """
 
+import io
 import json
 import sys
 import time
@@ -415,8 +416,8 @@ def main(args: Args) -> Path:
                     checkpoint = {name: part.state_dict() for name, part in parts.items()}
                     checkpoint |= {"rng": torch.get_rng_state(), "progress": (step, metrics, buffer.best, traces)}
                     writer.flush()
-                    with open(run_dir / "checkpoint.tmp", "wb") as file:
-                        torch.save(checkpoint, file)
+                    torch.save(checkpoint, file := io.BytesIO())
+                    (run_dir / "checkpoint.tmp").write_bytes(file.getvalue())
                     (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")  # a kill leaves a whole one
                     envs = FourRoomVectorEnv(args.num_envs, args.size)  # afresh, as in a run that is resumed from here
                     states, _ = envs.reset(seed=args.seed + step)

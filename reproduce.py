@@ -241,13 +241,13 @@ POINT_MASSES = tuple(
     for dims in range(2, 7)
 )
 
-# The larger the maze, the longer a run that the plain actor-critic needs to solve it.
+# The larger the maze, the more steps the plain actor-critic gets; the others, which are faster, get half of them.
 MAZES = {11: 50_000, 15: 100_000, 19: 150_000, 25: 250_000, 31: 400_000, 41: 1_000_000}
 
 
 def in_maze(command: str, size: int) -> str:
     """The command with a budget for a maze of that size, and with 50 evaluations."""
-    budget = 50_000 if command == GOAL_KNOWN else MAZES[size]
+    budget = 50_000 if command == GOAL_KNOWN else MAZES[size] if command == NONE else MAZES[size] // 2
     return f"{command} --size {size} --total-timesteps {budget} --eval-every {budget // 50}"
 
 

@@ -1,4 +1,4 @@
-"""What every script promises: see SCRIPTS, where a new script joins."""
+"""What the scripts for continuous control promise: see SCRIPTS. Those for four rooms: tests/test_runs.py."""
 
 import ast
 import errno
@@ -30,7 +30,6 @@ ROOT = Path(__file__).parents[1]
 
 
 RECALL_TRACES = frozenset({f"Alg. 1, line {i}" for i in range(1, 14)} | {f"Eq. ({i})" for i in range(1, 4)})
-SCHAUL = frozenset({f"Alg. 1, line {i}" for i in range(1, 16)} | {"Eq. (1)"})  # prioritized experience replay
 
 
 class Script(NamedTuple):
@@ -53,41 +52,6 @@ FLAGS += ["evaluate", "capture-video", "device", "torch-threads"]
 RECALL = ("recall", "trace", "num-traces", "backtracking", "imitation", "top")  # what flags of the method start with
 
 SCRIPTS = {
-    "recall_a2c_fourroom": Script(
-        steps=1200,
-        arguments={"size": 7, "num_envs": 4, "num_steps": 5, "num_traces": 16, "backtracking_batch_size": 64},
-        needs=("envs",),
-        refused=(
-            ("size", {"size": 6}),
-            ("env-id", {"env_id": "CartPole-v1"}),
-            ("eval-episodes", {"eval_episodes": 10**6}),
-            ("num-envs", {"num_envs": 10**4, "num_steps": 10**4}),
-            ("size", {"size": 10**7}),
-            ("backtracking-batch-size", {"backtracking_batch_size": 10**9}),
-            ("trace-length", {"size": 7, "trace_length": 50}),  # an episode ends after 7 * 7 steps
-            ("learning-rate", {"learning_rate": 1e39}),
-        ),
-    ),
-    "per_a2c_fourroom": Script(
-        steps=1200,
-        arguments={"size": 7, "num_envs": 4, "num_steps": 5, "replay_batch_size": 64},
-        needs=("envs",),
-        refused=(
-            ("size", {"size": 6}),
-            ("env-id", {"env_id": "CartPole-v1"}),
-            ("eval-episodes", {"eval_episodes": 10**6}),
-            ("num-envs", {"num_envs": 10**4, "num_steps": 10**4}),
-            ("replay-batch-size", {"replay_batch_size": 101, "buffer_size": 100}),
-            ("size", {"size": 10**7}),
-            ("priority-alpha", {"priority_alpha": 60.0}),
-            ("priority-beta", {"priority_beta": 1.5}),
-            ("learning-rate", {"learning_rate": 1e39}),
-        ),
-        left_out=frozenset(flag for flag in FLAGS if flag.startswith(RECALL)),
-        places=SCHAUL,
-        mode="priority",
-        tags=frozenset({"replay/policy_loss", "replay/value_loss", "replay/advantage", "replay/weight"}),
-    ),
     "recall_sac": Script(
         steps=1200,
         arguments={
@@ -208,7 +172,7 @@ PACKAGES = {"PIL": "pillow", "torch.utils.tensorboard": "tensorboard"}  # module
 TACIT = {"mujoco": "imageio"}  # gymnasium's MuJoCo environments import it, but gymnasium alone does not bring it
 LIMITS = ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "trace_length")
 LIMITS += ("num_traces", "recall_every", "torch_threads")  # flags that refuse 0
-LIMITS += ("buffer_size", "replay_batch_size", "replay_every", "replay_updates")
+LIMITS += ("buffer_size",)
 LIMITS += ("hidden", "batch_size", "recall_tuples", "num_steps", "top_trajectories", "cg_iterations")
 
 

@@ -1,9 +1,10 @@
 """What a run of the scripts in SCRIPTS promises: its folder, checkpoints, resume, errors, tags.
 
-The functions of the run are the same to the letter in these scripts (tests/test_contract.py holds them to it), so one
-script is tested in depth, and the others where it is cheap.
+The functions of the run are the same to the letter in these scripts, and a test holds them to it. So one script is
+tested in depth, and the others where it is cheap.
 """
 
+import ast
 import errno
 import importlib
 import itertools
@@ -11,11 +12,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -37,6 +40,7 @@ MODES = {
     "recall_a2c_fourroom": ("none", "true", "learned", "random"),
     "per_a2c_fourroom": ("return", "td-error"),
 }
+LINES = {"recall_a2c_fourroom": (470, 100), "per_a2c_fourroom": (420, 100)}  # of the script, and of main, at most
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 BASE_TAGS = {"charts/episodic_return", "charts/episodic_length", "eval/return", "eval/success_rate"}
 BASE_TAGS |= {"losses/policy_loss", "losses/value_loss", "losses/entropy", "eval/visited_cells"}
@@ -182,6 +186,105 @@ def refused(name, flag, **arguments):
     assert re.search(rf"--{flag}\b", message), message
 
 
+# ------------------------------------------------------------------------------------------------------ the file
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+def places(text):
+    """The places of the paper that a text names, "Alg. 1, lines 8 and 9" as two of them."""
+    found = set()
+    number = r"\(?(\d+)\)?(?:(,| and|-| to) ?\(?(\d+)\)?)?"
+    for form, pattern in (("Alg. 1, line {}", rf"Alg\. 1, lines? {number}"), ("Eq. ({})", rf"Eqs?\. {number}")):
+        for first, link, last in re.findall(pattern, text):
+            numbers = range(int(first), int(last) + 1) if link in ("-", " to") else (first, last or first)
+            found |= {form.format(i) for i in numbers}
+    return found
+
+
+def test_functions_of_one_name_are_the_same_to_the_letter():
+    """Whoever has read one script knows half of the next. Args and main differ: they are what a script is about."""
+    found = {}
+    for name in SCRIPTS:
+        text = source(name)
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("Args", "main"):
+                found.setdefault(node.name, {})[name] = ast.get_source_segment(text, node)
+    shared = {name: texts for name, texts in found.items() if len(texts) > 1}
+    assert {"check", "open_run", "load_checkpoint", "generalized_advantages", "update_actor_critic"} <= shared.keys()
+    for name, texts in shared.items():
+        assert len({*texts.values()}) == 1, f"{name} differs"
+
+
+@every_script
+def test_a_script_is_minimal(name):
+    lines, main_lines = LINES[name]
+    tree = ast.parse(source(name))
+    (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    assert len(source(name).splitlines()) <= lines and main.end_lineno - main.lineno < main_lines
+    assert [node for node in ast.walk(tree) if isinstance(node, ast.Assert)] == []  # which python -O leaves out
+
+
+@every_script
+def test_every_line_of_the_algorithm_and_every_equation_is_marked(name):
+    """Equations anywhere; the algorithm from main on, so that a reader finds it there."""
+    main = source(name)[source(name).index("\ndef main(") :]
+    if "recall" in name:
+        assert {f"Alg. 1, line {i}" for i in range(1, 14)} <= places(main)
+        assert {f"Eq. ({i})" for i in range(1, 4)} <= places(source(name))
+    else:
+        assert {f"Alg. 1, line {i}" for i in range(4, 16)} <= places(main)
+        assert "Eq. (1)" in places(source(name))
+
+
+@every_script
+def test_flags_are_explained(name, capsys):
+    """The comment behind or above each field of Args is its help."""
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as exit:
+        module.tyro.cli(module.Args, args=["--help"])
+    assert exit.value.code == 0
+    words = re.sub(r"[\s│]+", " ", re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out))
+    for field in vars(module.Args()):
+        flag = f"--{field.replace('_', '-')}"
+        (behind,) = re.findall(rf"(?m)^    {field}: [^#\n]+?(?:  # (.+))?$", source(name))
+        (above,) = re.findall(rf"((?:    # .+\n)*)    {field}: ", source(name))
+        help = behind or " ".join(line.strip(" #") for line in above.splitlines())
+        assert help and flag in words and " ".join(help.split()) in words, flag
+
+
+@every_script
+def test_pep_723_block_agrees_with_requirements_and_imports(name):
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", source(name))["content"]
+    script = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
+    requirements = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert {*script["dependencies"]} <= requirements
+    assert sys.version_info[:2] >= tuple(map(int, script["requires-python"].removeprefix(">=").split(".")))
+    imported = re.findall(r"(?m)^ *(?:import|from) (\w+)", source(name) + (ROOT / "envs" / "four_room.py").read_text())
+    packages = {"PIL": "pillow"}
+    expected = {packages.get(module, module) for module in imported} - {*sys.stdlib_module_names, "envs"}
+    assert "torch.utils.tensorboard" in source(name)
+    declared = {dependency.split("==")[0] for dependency in script["dependencies"]}
+    assert declared == expected | {"tensorboard"}
+
+
+@every_script
+def test_copied_alone_it_is_the_same_run_by_command_line(name, tmp_path, finished):
+    """With envs/ beside it; and no progress bar outside a terminal."""
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    before = {*contents(tmp_path)}
+    result = execute(f"{name}.py", *flags(**settings(name)), cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert {path for path in contents(tmp_path) if not path.is_relative_to(tmp_path / "runs")} == before
+    mode = vars(importlib.import_module(name).Args())[SCRIPTS[name][0]]
+    assert re.fullmatch(rf"FourRoom-v0__{name}__{mode}__seed1__\d+", run.name)
+    assert_same(run, finished(name))
+
+
 # ------------------------------------------------------------------------------------------------------ bits
 
 
@@ -265,21 +368,21 @@ def test_a_run_that_grows_equals_a_long_one(name, tmp_path, finished):
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeypatch, finished):
-    name, save, saved = "recall_a2c_fourroom", torch.save, []
+    name, write, written = "recall_a2c_fourroom", Path.write_bytes, []
 
-    def fill(state, file):
-        saved.append(state)
-        if len(saved) == 4:
-            file.write(b"half of a checkpoint")
+    def fill(path, data):
+        written.append(data)
+        if len(written) == 4:
+            write(path, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(state, file)
+        write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fill)
+        patch.setattr(Path, "write_bytes", fill)
         with pytest.raises(OSError, match=r"^[^\n]*No space left on device; --resume \S*run goes on[^\n]*$"):
             train(name, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint.tmp").exists()
-    assert load(tmp_path / "run")["progress"][0] == saved[2]["progress"][0]
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == written[2]
     call(name, resume=tmp_path / "run")
     assert_same(tmp_path / "run", finished(name))
 
@@ -420,7 +523,7 @@ def test_an_agent_is_loaded_in_five_lines_of_python(name, tmp_path, finished):
 
 
 def test_a_program_with_flags_of_its_own_trains_in_a_thread_and_goes_on(tmp_path):
-    """From a source without a file, too, as in a notebook; and no guard is an assert, which -O removes."""
+    """From a source without a file, too, as in a notebook, and with python -O, which removes every assert."""
     code = f"""
 import sys, threading
 source = open({str(ROOT / "recall_a2c_fourroom.py")!r}).read()
@@ -441,8 +544,6 @@ print(len(set(runs)), sys.argv[1:])
     result = execute("-O", "-c", code, "--seed", "x", "--own-flag", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "2 ['--seed', 'x', '--own-flag']"
-    for name in SCRIPTS:
-        assert " assert " not in (ROOT / f"{name}.py").read_text()
 
 
 def test_two_runs_in_two_threads_of_one_program(tmp_path):
@@ -572,7 +673,7 @@ def test_a_loss_that_diverges_ends_the_run_and_keeps_a_good_checkpoint(name, tmp
     for field in fields:
         run = tmp_path / field
         with pytest.raises(FloatingPointError) as caught:
-            train(name, run, checkpoint_every=1, **{SCRIPTS[name][0]: MODES[name][1], field: 1e38})
+            train(name, run, **{SCRIPTS[name][0]: MODES[name][1], field: 1e38})
         message = str(caught.value)
         assert re.fullmatch(
             r"(policy|value|\w+/\w+) is (nan|inf|-inf) at step \d+; --resume \S+ goes on [^\n]*", message
