@@ -258,7 +258,7 @@ def play(env: FourRoomEnv, policy: np.ndarray, greedy: bool = True) -> tuple[flo
 
 RUN_NAME = "FourRoom-v0__per_a2c_fourroom__{priority}__seed{seed}"
 AT_LEAST = {"seed": 0, "size": 7}  # the least that is accepted, if it is not 1 for whole numbers and 0 for others
-AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "priority_beta": 1}
+AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "priority_alpha": 10, "priority_beta": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video")  # what an old run may be given anew
 
 
@@ -391,7 +391,7 @@ def main(args: Args) -> Path:
                         metrics |= update_from_replay(actor, critic, optimizer, buffer, args)  # Alg. 1, lines 9 to 15
             visits = np.concatenate([play(eval_env, policy, greedy=False)[1][:-1] for _ in range(100)])
             writer.add_scalar("eval/visited_cells", len(set(visits)), step)
-            shares = 100 * buffer.powers / max(buffer.powers.sum(), 1e-6)
+            shares = 100 * buffer.powers / (buffer.powers.sum() or 1)
             replay = buffer.tuples.states, buffer.tuples.actions, shares
             for name, figure in draw_pictures(maze, visits, values.detach().numpy(), replay=replay).items():
                 figure.savefig(run_dir / f"{name}.png", dpi=120)

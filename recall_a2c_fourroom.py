@@ -260,7 +260,7 @@ def high_value_states(tuples: Tuples | None, values: np.ndarray, maze: FourRoomM
     candidates = tuples.next_states[tuples.rewards > 0]
     if args.start_states == "value":  # Alg. 2, line 6
         candidates = tuples.states[values[tuples.states] == values[tuples.states].max()]
-    return candidates[torch.randint(len(candidates), (args.num_traces,))]
+    return candidates[torch.randint(len(candidates), (args.num_traces,)).numpy()]
 
 
 @torch.no_grad()
@@ -273,9 +273,8 @@ def recall_traces(model: BacktrackingModel, starts: np.ndarray, first_state: int
     backward_policy = model.action_log_probs(torch.arange(model.num_states)).exp().numpy().cumsum(axis=1)  # (S, A)
     steps, next_states = [], starts
     for _ in range(length):
-        actions = sample(
-            backward_policy[next_states], torch.rand(len(next_states), 1).numpy()
-        )  # a_t ~ q(a_t | s_{t+1})
+        u = torch.rand(len(next_states), 1).numpy()
+        actions = sample(backward_policy[next_states], u)  # a_t ~ q(a_t | s_{t+1})
         states = model.sample_states(actions, next_states)  # s_t ~ q(s_t | a_t, s_{t+1})
         steps.append((states, actions))
         next_states = states[states != first_state]

@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
+#     "filelock==4.3.1",
 #     "gymnasium==1.4.0",
 #     "imageio==2.38.1",
 #     "matplotlib==3.11.2",
@@ -33,6 +34,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import logging
 import os
 import platform
 import shlex
@@ -62,6 +64,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports what a resumed run logs anew
 
 
 @dataclass
@@ -568,7 +571,7 @@ def execute_locally(runs: list[Run], workers: int) -> list[str]:
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures):
                 for process in [*processes.running]:
-                    process.terminate()  # it writes a checkpoint
+                    process.terminate()  # its last checkpoint stays
                 time.sleep(0.2)
             raise
     return failures

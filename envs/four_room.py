@@ -249,15 +249,6 @@ class FourRoomVectorEnv(VectorEnv):
             self.steps[done] = 0
         return self.cells.copy(), rewards, terminated, truncated, infos
 
-    def get_state(self) -> dict[str, list[int]]:
-        """All that changes from step to step, for a checkpoint."""
-        return {name: getattr(self, name).tolist() for name in ("seeds", "episodes", "cells", "steps")}
-
-    def set_state(self, state: dict[str, list[int]]) -> None:
-        """Goes on from where `get_state` was called."""
-        self.seeds, self.episodes = (np.array(state[name], dtype=np.uint64) for name in ("seeds", "episodes"))
-        self.cells, self.steps = (np.array(state[name], dtype=np.int64) for name in ("cells", "steps"))
-
 
 def _checked_max_steps(max_steps: int | None, size: int) -> int:
     if max_steps is not None and max_steps < 1:

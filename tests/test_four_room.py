@@ -1,7 +1,6 @@
 """FourRoom-v0 against an independent walk over the characters of the drawn maze, single environments and Gymnasium."""
 
 import itertools
-import json
 from collections import Counter, deque
 
 import gymnasium as gym
@@ -9,8 +8,10 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
+from PIL import Image, ImageSequence
 
-from envs.four_room import FourRoomEnv, FourRoomMaze, FourRoomVectorEnv, draw_cells
+from envs import four_room
+from envs.four_room import FourRoomEnv, FourRoomMaze, FourRoomVectorEnv, draw_cells, exact_predecessors
 
 UP, RIGHT, DOWN, LEFT = range(4)
 MAZES = [
@@ -110,8 +111,9 @@ def test_environment_walks_over_the_drawing(kwargs):
     assert goals > 0
 
 
-@pytest.mark.parametrize("kwargs", MAZES)
+@pytest.mark.parametrize("kwargs", [*MAZES, {"size": 15}])
 def test_backward_model_is_exact(kwargs):
+    """Against all steps over the drawing; it is a function of the forward model alone."""
     maze = FourRoomMaze(**kwargs)
     size, lines = maze.size, maze.text().split("\n")
     expected = {key: set() for key in itertools.product(range(size**2), range(4))}
@@ -123,13 +125,20 @@ def test_backward_model_is_exact(kwargs):
     assert maze.predecessors.shape == (size**2, 4, 2)
     assert any(cell in sources and len(sources) == 2 for (cell, _), sources in expected.items())  # bumps are in it
     for (cell, action), sources in expected.items():
-        number = maze.num_predecessors[cell, action]
         found = maze.predecessors[cell, action].tolist()
-        assert number == len(sources)
-        assert set(found[:number]) == sources
-        assert found[number:] == [-1] * (2 - number)
-        assert cell not in found[:-1] or number == 1  # the neighbour comes before the bump
+        assert set(found[: len(sources)]) == sources
+        assert found[len(sources) :] == [-1] * (2 - len(sources))
+        assert cell not in found[:-1] or len(sources) == 1  # the neighbour comes before the bump
     assert maze.goal not in maze.predecessors
+    can_act = maze.free & (np.arange(size**2) != maze.goal)
+    assert (exact_predecessors(maze.next_cell, can_act) == maze.predecessors).all()
+
+
+def test_predecessors_in_a_corridor():
+    """Four cells in a row, to be walked to the left or the right, and the goal at the right end."""
+    next_cell, can_act = np.array([[0, 1], [0, 2], [1, 3], [3, 3]]), np.array([True, True, True, False])
+    from_right, from_left = [[1, 0], [2, -1], [-1, -1], [-1, -1]], [[-1, -1], [0, -1], [1, -1], [2, -1]]
+    assert exact_predecessors(next_cell, can_act).swapaxes(0, 1).tolist() == [from_right, from_left]
 
 
 VECTOR_CASES = [
@@ -205,28 +214,6 @@ def test_vector_equals_gymnasium_sync(kwargs):
         for key in infos:
             np.testing.assert_equal(infos[key], sync_infos[key])
             assert getattr(infos[key], "dtype", None) == getattr(sync_infos[key], "dtype", None)
-
-
-def test_restored_state_continues_identically():
-    env = FourRoomVectorEnv(6, size=7, start="random", max_steps=15)
-    env.reset(seed=5)
-    actions = biased_actions(400, 6, seed=2)
-    for step_actions in actions[:107]:
-        env.step(step_actions)
-    state = json.loads(json.dumps(env.get_state()))
-    fresh = FourRoomVectorEnv(6, size=7, start="random", max_steps=15)
-    used = FourRoomVectorEnv(6, size=7, start="random", max_steps=15)
-    used.reset(seed=1234)
-    runs = []
-    for other in (env, fresh, used):
-        if other is not env:  # after env has gone on: its state must have been a copy
-            other.set_state(state)
-        steps = [other.step(step_actions) for step_actions in actions[107:]]
-        runs.append([*steps, other.reset()])
-    assert any(step[2].any() for step in runs[0][:-1]) and any(step[3].any() for step in runs[0][:-1])
-    for run in runs[1:]:
-        for step, expected in zip(run, runs[0], strict=True):
-            np.testing.assert_equal(step, expected)
 
 
 @pytest.mark.parametrize("mode", ["vector_entry_point", None])
@@ -472,13 +459,90 @@ def test_stable_baselines3_a2c_learns():
     assert returns.max() == pytest.approx(5 - 8 * 0.01)  # nothing pays more than the shortest path of 8 steps
 
 
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
 @pytest.mark.parametrize("lowest, expected", [(100, 0), (-2, -2)])
 def test_colours_of_the_cells_start_at_zero_or_below(lowest, expected):
-    """So that a cell visited a hundred times is never the darkest."""
+    """So that a cell visited a hundred times is never the darkest. Walls and cells of value 0 are blank."""
     maze = FourRoomMaze(7)
-    values = np.where(maze.free, lowest + np.arange(49.0), np.nan)
-    first = np.flatnonzero(maze.free)[0]
-    values[first] = lowest
+    values = lowest + np.arange(49.0)
+    values[np.flatnonzero(maze.free)[:2]] = lowest, 0
     heat = draw_cells(maze, values).axes[0].images[-1]
     assert heat.get_clim() == (expected, values[maze.free].max())
-    draw_cells(maze, np.full(49, np.nan))  # nothing to show is no error
+    shown = heat.get_array().ravel()
+    assert (shown.mask == ~maze.free | (values == 0)).all()
+    assert (shown.compressed() == values[~shown.mask]).all()
+
+
+def test_a_picture_without_values_is_blank():
+    assert draw_cells(FourRoomMaze(7), np.zeros(49)).axes[0].images[-1].get_array().mask.all()
+
+
+def test_arrows_point_along_the_mean_direction_of_the_actions():
+    """In the cells that have any weight; their lengths are those of the means."""
+    maze, weights = FourRoomMaze(7), np.zeros((49, 4))
+    weights[8], weights[10], weights[33] = (0, 3, 0, 0), (2, 0, 2, 4), (1, 0, 3, 0)  # up, right, down, left
+    (arrows,) = [
+        c for c in draw_cells(maze, weights.sum(axis=1), arrows=weights).axes[0].collections if hasattr(c, "U")
+    ]
+    drawn = zip(*(column.tolist() for column in (arrows.X, arrows.Y, arrows.U, arrows.V)), strict=True)
+    assert sorted(drawn) == [(1, 1, 1, 0), (3, 1, -0.5, 0), (5, 4, 0, -0.5)]  # column, row, to the right, upwards
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What draw_cells is given, title: (values, arrows), in place of its pictures."""
+    panels = {}
+
+    def draw(maze, values, title, arrows=None):
+        panels[title] = values, arrows
+        return title
+
+    monkeypatch.setattr(four_room, "draw_cells", draw)
+    return panels
+
+
+def test_a_picture_of_pairs_adds_up_their_weights(drawn):
+    """Of each action in each cell for the arrows, and over the actions for the colours; one weight may serve all."""
+    maze, rng = FourRoomMaze(8), np.random.default_rng(0)
+    cells, actions, weights = rng.integers(64, size=300), rng.integers(4, size=300), rng.exponential(size=300)
+    for weight, title in ((weights, "many"), (2.5, "one")):
+        expected = np.zeros((64, 4))
+        for cell, action, share in zip(cells, actions, np.broadcast_to(weight, 300), strict=True):
+            expected[cell, action] += share
+        assert four_room.draw_pairs(maze, cells, actions, weight, title) == title
+        values, arrows = drawn[title]
+        np.testing.assert_allclose(arrows, expected, rtol=1e-12)
+        np.testing.assert_allclose(values, expected.sum(axis=1), rtol=1e-12)
+
+
+def test_pictures_of_a_run_show_visits_values_traces_and_replay(drawn):
+    """Each cell as often as it was visited, the values of all cells but the goal, and all pairs, once or by weight."""
+    maze, rng = FourRoomMaze(7), np.random.default_rng(0)
+    visits, values = np.array([8, 8, 9, 8, 33]), rng.normal(size=49)
+    assert four_room.draw_pictures(maze, visits, values).keys() == {"visits", "values"}
+    pairs = np.array([8, 8, 32]), np.array([1, 1, 2])
+    names = four_room.draw_pictures(maze, visits, values, traces=pairs, replay=(*pairs, np.array([20.0, 30.0, 50.0])))
+    assert names.keys() == {"visits", "values", "traces", "replay"}
+    assert names["visits"] == "Visits in 100 episodes: 3 of 19 cells"  # all but the goal
+    shown = {name: drawn[title] for name, title in names.items()}
+    assert [(cell, n) for cell, n in enumerate(shown["visits"][0]) if n] == [(8, 3), (9, 1), (33, 1)]
+    assert (shown["values"][0] == np.where(np.arange(49) == 40, 0, values)).all()
+    for name, weights in (("traces", {(8, 1): 2, (32, 2): 1}), ("replay", {(8, 1): 50, (32, 2): 50})):
+        cells, arrows = shown[name]
+        assert {(c, a): arrows[c, a] for c, a in np.argwhere(arrows)} == weights
+        assert (cells == arrows.sum(axis=1)).all()
+
+
+def test_a_gif_shows_every_cell_of_an_episode_for_a_tenth_of_a_second(tmp_path):
+    """Also two in a row where the agent bumps into a wall; the last one stays longer."""
+    maze, cells = FourRoomMaze(7), [8, 8, 9, 10, 10, 10, 11, 18, 25, 32, 33, 40]
+    four_room.write_gif(tmp_path / "agent.gif", maze, cells)
+    tenths = []
+    with Image.open(tmp_path / "agent.gif") as video:
+        for frame in ImageSequence.Iterator(video):
+            tenths += [np.asarray(frame.convert("RGB"))] * (frame.info["duration"] // 100)
+    assert len(tenths) == len(cells) - 1 + 15
+    for image, cell in zip(tenths, cells + [40] * 14, strict=True):
+        assert (image == maze.image(cell)).all()

@@ -1,7 +1,6 @@
 """The mathematics of recall_a2c_fourroom.py against closed forms, enumeration and independent implementations."""
 
 import copy
-import io
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -9,17 +8,32 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import recall_a2c_fourroom as script
 from envs.four_room import FourRoomEnv, FourRoomMaze, FourRoomVectorEnv
-from recall_a2c_fourroom import Actor, Args, BacktrackingModel, Critic, Rollout, TrajectoryBuffer, Tuples
+from recall_a2c_fourroom import Args, BacktrackingModel, Rollout, TrajectoryBuffer, Tuples, cut_loops
 
 torch.set_num_threads(1)
 RECALLS = ("true", "learned", "random")
 
 
 # ------------------------------------------------------------------------------------------------------ helpers
+
+
+def make_actor(num_states=49):
+    return script.mlp(nn.Embedding(num_states, 64), 4)
+
+
+def make_critic(num_states=49):
+    return script.mlp(nn.Embedding(num_states, 64), 1, gain=1.0)
+
+
+@torch.no_grad()
+def policy_of(actor):
+    """pi(a | s) of every state, (S, A), in float64."""
+    return actor(torch.arange(actor[0].num_embeddings)).double().softmax(-1).numpy()
 
 
 def perturbed(module, seed=0, scale=0.3):
@@ -45,23 +59,24 @@ def exact_predecessors(maze):
     return predecessors
 
 
-def joint(model, next_cell):
-    """q(s_t, a_t | s_{t+1} = next_cell) of every cell and action, (S, A) in float64, through log_prob."""
-    num_cells, num_actions = len(model.cells), model.impossible.shape[1]
-    cells, actions = (grid.ravel() for grid in np.indices((num_cells, num_actions)))
+def joint(model, next_state):
+    """q(s_t, a_t | s_{t+1} = next_state) of every state and action, (S, A) in float64, through log_prob."""
+    states, actions = (torch.from_numpy(grid.ravel()) for grid in np.indices(model.predecessors.shape))
     with torch.no_grad():
-        log_probs = model.log_prob(
-            torch.from_numpy(cells), torch.from_numpy(actions), torch.full((len(cells),), int(next_cell))
-        )
-    return log_probs.double().exp().numpy().reshape(num_cells, num_actions)
+        log_probs = model.log_prob(states, actions, torch.full((len(states),), int(next_state)))
+    return log_probs.double().exp().numpy().reshape(model.predecessors.shape)
 
 
-def make_tuples(cells, actions, next_cells, rewards=None, values=None, first_cells=None):
-    cells, actions, next_cells = (np.asarray(column, dtype=np.int64) for column in (cells, actions, next_cells))
-    rewards = np.zeros(len(cells)) if rewards is None else np.asarray(rewards, dtype=float)
-    values = np.zeros(len(cells)) if values is None else np.asarray(values, dtype=float)
-    first_cells = np.zeros(len(cells), dtype=np.int64) if first_cells is None else np.asarray(first_cells)
-    return Tuples(cells, actions, next_cells, rewards, values, first_cells)
+def make_tuples(states, actions, next_states, rewards=None, returns=None):
+    states, actions, next_states = (np.asarray(column, dtype=np.int64) for column in (states, actions, next_states))
+    rewards = np.zeros(len(states)) if rewards is None else np.asarray(rewards, dtype=float)
+    returns = np.zeros(len(states)) if returns is None else np.asarray(returns, dtype=float)
+    return Tuples(states, actions, rewards, next_states, returns)
+
+
+def triples(tuples):
+    """(s_t, a_t, s_{t+1}) as tensors."""
+    return [torch.from_numpy(column) for column in (tuples.states, tuples.actions, tuples.next_states)]
 
 
 def random_transitions(maze, number, rng, neighbours_only=False):
@@ -80,21 +95,12 @@ def within_five_sigma(counts, probs, number):
     return (np.abs(counts - number * probs) <= 5 * np.sqrt(number * probs * (1 - probs)) + 5).all()
 
 
-class FixedRandom:
-    """In place of a numpy Generator: gives the same number everywhere."""
-
-    def __init__(self, u):
-        self.u = u
-
-    def random(self, shape):
-        return np.full(shape, self.u)
-
-
 # ------------------------------------------------------------------------------------------------------ sample
 
 
-def draw(probs, rng):
-    return script.sample(script.thresholds(probs), rng)
+def draw(probs, u):
+    """Indices for rows of probabilities (B, k) and a random number, or one for each row (B,)."""
+    return script.sample(probs.cumsum(axis=1), np.broadcast_to(u, len(probs))[:, None])
 
 
 def rounded_rows(rng, number):
@@ -109,15 +115,16 @@ def rounded_rows(rng, number):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("u", [0.0, 1e-300, 0.5, np.nextafter(np.float32(1), np.float32(0)), np.nextafter(1.0, 0.0)])
+@pytest.mark.parametrize("u", [*np.float32([0, 1e-30, 0.5, 1 - 2**-24]), 1e-300, 1 - 2**-53])
 def test_sample_never_returns_an_index_of_probability_zero(u):
+    """Neither for the least and the largest number of torch.rand, 0 and 1 - 2^-24, nor for those of float64."""
     rows = rounded_rows(np.random.default_rng(0), 50)
     if u > 0.9:
         assert (rows.cumsum(axis=1)[:, -1] < 1).all() and (rows[:, -1] == 0).all()
-    chosen = draw(rows, FixedRandom(u))
+    chosen = draw(rows, u)
     assert (rows[np.arange(len(rows)), chosen] > 0).all()
     one_hot = np.eye(5, dtype=np.float32)
-    assert (draw(one_hot, FixedRandom(u)) == np.arange(5)).all()
+    assert (draw(one_hot, u) == np.arange(5)).all()
 
 
 def test_sample_inverts_the_cumulative_sum():
@@ -125,13 +132,14 @@ def test_sample_inverts_the_cumulative_sum():
     probs = np.array([[0.25, 0.0, 0.5, 0.25], [0.0, 0.5, 0.5, 0.0]])
     expected = {0.0: (0, 1), 0.2499: (0, 1), 0.25: (2, 1), 0.4999: (2, 1), 0.5: (2, 2), 0.7499: (2, 2), 0.75: (3, 2)}
     for u, indices in expected.items():
-        assert tuple(draw(probs, FixedRandom(u))) == indices
+        assert tuple(draw(probs, u)) == indices
 
 
 def test_sample_draws_every_row_on_its_own_with_its_frequencies():
-    number, rng = 40_000, np.random.default_rng(1)
-    rows = rng.dirichlet(np.ones(4), size=2)
-    first, second = draw(np.tile(rows, (number, 1)), rng).reshape(number, 2).T
+    number = 40_000
+    rows = np.random.default_rng(1).dirichlet(np.ones(4), size=2)
+    torch.manual_seed(0)
+    first, second = draw(np.tile(rows, (number, 1)), torch.rand(2 * number).numpy()).reshape(number, 2).T
     for drawn, row in zip((first, second), rows, strict=True):
         assert within_five_sigma(np.bincount(drawn, minlength=4), row, number)
     pairs = np.bincount(4 * first + second, minlength=16)
@@ -164,7 +172,7 @@ def random_rollout(rng, num_steps, num_envs):
     done = terminated | (rng.random((num_steps, num_envs)) < 0.2)
     next_values = np.where(done, rng.normal(size=done.shape), np.vstack((values[1:], rng.normal(size=num_envs))))
     empty = np.zeros(done.shape, dtype=np.int64)
-    columns = {"cells": empty, "actions": empty, "rewards": rewards, "next_cells": empty}
+    columns = {"states": empty, "actions": empty, "rewards": rewards, "next_states": empty}
     return Rollout(**columns, terminated=terminated, truncated=done & ~terminated), values, next_values
 
 
@@ -179,10 +187,10 @@ def test_generalized_advantages_are_the_weighted_n_step_advantages(gamma, lam):
 
 def real_rollout(num_envs=16, num_steps=8, seed=0, **kwargs):
     envs = FourRoomVectorEnv(num_envs, **{"size": 7, "start": "random", "max_steps": 5, **kwargs})
-    cells, _ = envs.reset(seed=seed)
-    rng = np.random.default_rng(seed)
-    policy = rng.dirichlet(np.ones(4), size=len(envs.maze.free))
-    return script.collect_rollout(envs, cells, policy, num_steps, rng)[0]
+    states, _ = envs.reset(seed=seed)
+    policy = np.random.default_rng(seed).dirichlet(np.ones(4), size=len(envs.maze.free))
+    torch.manual_seed(seed)
+    return script.collect_rollout(envs, states, policy, num_steps)[0]
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 0.01, 1e6])
@@ -190,21 +198,23 @@ def test_update_actor_critic_equals_an_independent_implementation(max_grad_norm)
     """Three updates, with torch.distributions for the losses, and clipping and RMSprop written out in float64."""
     args = Args(max_grad_norm=max_grad_norm, ent_coef=0.3, vf_coef=0.7, gamma=0.9, gae_lambda=0.8)
     torch.manual_seed(0)
-    actor, critic = perturbed(Actor(49, 4)), perturbed(Critic(49), seed=1)
+    actor, critic = perturbed(make_actor()), perturbed(make_critic(), seed=1)
     parameters = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.RMSprop(parameters, lr=args.learning_rate, alpha=0.99, eps=1e-5)
+    optimizer = torch.optim.RMSprop(parameters, lr=args.learning_rate, eps=1e-5)
     actor_copy, critic_copy = copy.deepcopy(actor).double(), copy.deepcopy(critic).double()
     reference = [*actor_copy.parameters(), *critic_copy.parameters()]
     squares, clipped = [torch.zeros_like(parameter) for parameter in reference], []
     for update in range(3):
         rollout = real_rollout(seed=update)
         assert rollout.terminated.any() and rollout.truncated.any()
-        losses = script.update_actor_critic(actor, critic, optimizer, rollout, args)
+        log_probs, values, _ = script.evaluate_all_states(actor, critic)
+        losses = script.update_actor_critic(optimizer, rollout, log_probs, values, args)
 
-        values, next_values = (critic_copy(torch.from_numpy(c)) for c in (rollout.cells, rollout.next_cells))
+        both = rollout.states, rollout.next_states
+        values, next_values = (critic_copy(torch.from_numpy(states)).squeeze(-1) for states in both)
         frozen = values.detach().numpy(), next_values.detach().numpy()
         advantages = torch.from_numpy(gae_by_definition(rollout, *frozen, args.gamma, args.gae_lambda))
-        policy = torch.distributions.Categorical(logits=actor_copy(torch.from_numpy(rollout.cells)))
+        policy = torch.distributions.Categorical(logits=actor_copy(torch.from_numpy(rollout.states)))
         policy_loss = -(policy.log_prob(torch.from_numpy(rollout.actions)) * advantages).mean()
         value_loss = (advantages + values.detach() - values).square().mean()
         entropy = policy.entropy().mean()
@@ -224,47 +234,99 @@ def test_update_actor_critic_equals_an_independent_implementation(max_grad_norm)
     assert all(clipped) == any(clipped) == (max_grad_norm < 100)
 
 
-def test_policy_table_is_the_softmax_of_the_actor():
-    actor = perturbed(Actor(49, 4))
-    expected = torch.distributions.Categorical(logits=actor(torch.arange(49)).detach().double()).probs.numpy()
-    np.testing.assert_allclose(script.policy_table(actor), expected, rtol=0, atol=1e-6)
+def test_one_pass_gives_the_policy_and_the_value_of_every_state():
+    """Softmax and value of two hidden layers of 64 tanh units on one-hot states, written out in float64."""
+    actor, critic = perturbed(make_actor()), perturbed(make_critic(), seed=1)
+    log_probs, values, policy = script.evaluate_all_states(actor, critic)
+    outputs = []
+    for network in (actor, critic):
+        table, weight, bias, last, offset = (parameter.detach().double().numpy() for parameter in network.parameters())
+        assert table.shape == (49, 64) and weight.shape == (64, 64)
+        outputs.append(np.tanh(np.tanh(table) @ weight.T + bias) @ last.T + offset)
+    expected = np.exp(outputs[0]) / np.exp(outputs[0]).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(policy, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(log_probs.detach().numpy(), np.log(expected), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(values.detach().numpy(), outputs[1][:, 0], rtol=0, atol=1e-5)
+    assert log_probs.shape == policy.shape == (49, 4) and values.shape == (49,)
+
+
+@pytest.mark.parametrize("gain", [0.01, 1.0])
+def test_networks_start_with_orthogonal_weights_of_their_gains(gain):
+    """W W^T, or W^T W if that is smaller, is the square of the gain on the diagonal: 2, 2 and that of the outputs."""
+    torch.manual_seed(0)
+    first, _, second, _, last = script.mlp(nn.Embedding(225, 64), 4, gain=gain)
+    for layer, square in ((first, 2), (second, 2), (last, gain**2)):
+        weight = layer.weight.detach().double()
+        weight = weight if len(weight) < len(weight.T) else weight.T
+        torch.testing.assert_close(weight @ weight.T, square * torch.eye(len(weight)).double(), rtol=0, atol=1e-5)
+    assert not second.bias.any() and not last.bias.any()
 
 
 # ------------------------------------------------------------------------------------------------------ rollouts
 
 
 def test_rollouts_equal_single_environments_and_go_on_where_the_last_one_ended():
-    """The true next cells also where an episode ended, against one FourRoomEnv each that replays the actions."""
+    """The true next states also where an episode ended, against one FourRoomEnv each that replays the actions."""
     num_envs, settings = 6, {"size": 7, "start": "random", "max_steps": 4}
     envs, singles = FourRoomVectorEnv(num_envs, **settings), [FourRoomEnv(**settings) for _ in range(num_envs)]
-    cells, _ = envs.reset(seed=3)
-    expected_cells = [env.reset(seed=3 + i)[0] for i, env in enumerate(singles)]
-    policy, rng = np.full((49, 4), 0.25), np.random.default_rng(0)
-    ends = Counter()
+    states, _ = envs.reset(seed=3)
+    expected_states = [env.reset(seed=3 + i)[0] for i, env in enumerate(singles)]
+    policy, ends = np.full((49, 4), 0.25), Counter()
+    torch.manual_seed(0)
     for _ in range(12):
-        rollout, cells = script.collect_rollout(envs, cells, policy, 7, rng)
+        rollout, states = script.collect_rollout(envs, states, policy, 7)
         for t, i in itertools.product(range(7), range(num_envs)):
-            assert rollout.cells[t, i] == expected_cells[i]
+            assert rollout.states[t, i] == expected_states[i]
             after, reward, terminated, truncated, _ = singles[i].step(int(rollout.actions[t, i]))
-            assert rollout.next_cells[t, i] == after
+            assert rollout.next_states[t, i] == after
             assert rollout.rewards[t, i] == pytest.approx(reward)
             assert (rollout.terminated[t, i], rollout.truncated[t, i]) == (terminated, truncated)
             ends["terminated"] += terminated
             ends["truncated"] += truncated
-            expected_cells[i] = singles[i].reset()[0] if terminated or truncated else after
-        assert cells.tolist() == expected_cells
+            expected_states[i] = singles[i].reset()[0] if terminated or truncated else after
+        assert states.tolist() == expected_states
     assert min(ends["terminated"], ends["truncated"]) >= 5
 
 
 def test_rollouts_follow_the_policy():
     envs = FourRoomVectorEnv(5_000, size=7, start="random")
-    cells, _ = envs.reset(seed=0)
-    rng = np.random.default_rng(0)
-    policy = rng.dirichlet(np.ones(4), size=49)
-    rollout, _ = script.collect_rollout(envs, cells, policy, 8, rng)
-    for cell in np.unique(rollout.cells):
-        taken = np.bincount(rollout.actions[rollout.cells == cell], minlength=4)
-        assert within_five_sigma(taken, policy[cell], taken.sum())
+    states, _ = envs.reset(seed=0)
+    policy = np.random.default_rng(0).dirichlet(np.ones(4), size=49)
+    torch.manual_seed(0)
+    rollout, _ = script.collect_rollout(envs, states, policy, 8)
+    for state in np.unique(rollout.states):
+        taken = np.bincount(rollout.actions[rollout.states == state], minlength=4)
+        assert within_five_sigma(taken, policy[state], taken.sum())
+
+
+def test_play_gives_the_return_and_the_states_of_the_greedy_policy():
+    """Until the goal or the time limit, against the most likely actions one after another."""
+    env, rng, goals = FourRoomEnv(7, start="random", max_steps=20), np.random.default_rng(0), 0
+    env.reset(seed=0)
+    for _ in range(100):
+        policy = rng.dirichlet(np.ones(4), size=49) + [0, 0.3, 0.3, 0]  # mostly right and down
+        episode_return, states = script.play(env, policy)
+        expected = states[:1]
+        while len(expected) <= 20 and expected[-1] != env.maze.goal:
+            expected.append(int(env.maze.next_cell[expected[-1], np.argsort(policy[expected[-1]])[-1]]))
+        assert states == expected
+        assert episode_return == pytest.approx(5.0 * (states[-1] == env.maze.goal) - 0.01 * (len(states) - 1))
+        goals += states[-1] == env.maze.goal
+    assert 5 <= goals <= 95
+
+
+def test_play_samples_the_policy_unless_it_is_greedy():
+    maze, policy = FourRoomMaze(7), np.random.default_rng(0).dirichlet(np.ones(4), size=49)
+    moves = np.zeros((49, 49))
+    np.add.at(moves, (np.arange(49)[:, None], maze.next_cell), policy)
+    torch.manual_seed(0)
+    counts, env = np.zeros((49, 49)), FourRoomEnv(7)
+    for _ in range(100):
+        states = script.play(env, policy, greedy=False)[1]
+        np.add.at(counts, (states[:-1], states[1:]), 1)
+    assert counts.sum() > 2_000
+    for state in np.flatnonzero(counts.sum(axis=1)):
+        assert within_five_sigma(counts[state], moves[state], counts[state].sum())
 
 
 # ------------------------------------------------------------------------------------------------------ q(s, a | s')
@@ -273,7 +335,8 @@ def test_rollouts_follow_the_policy():
 def make_model(recall, size=7, **kwargs):
     torch.manual_seed(0)
     maze = FourRoomMaze(size, **kwargs)
-    return maze, perturbed(BacktrackingModel(maze, recall))
+    model = BacktrackingModel(maze, recall)
+    return maze, model if recall == "random" else perturbed(model)  # the uniform one is never trained
 
 
 @pytest.mark.parametrize("recall", RECALLS)
@@ -286,19 +349,17 @@ def test_backtracking_model_is_a_distribution_over_predecessors(recall, maze):
         q = joint(model, after)
         assert q.sum() == pytest.approx(1, abs=1e-5)
         if recall != "learned":
-            pairs = {(int(cell), int(action)) for cell, action in np.argwhere(q > 0)}
+            pairs = {(int(state), int(action)) for state, action in np.argwhere(q > 0)}
             for action in range(4):
                 before = predecessors[action, int(after)]
-                imagined = {cell for cell, taken in pairs if taken == action}
+                imagined = {state for state, taken in pairs if taken == action}
                 assert imagined == (before - {after} or before)  # the neighbour, or else the bump
 
 
 @pytest.mark.parametrize("recall", RECALLS)
 def test_log_prob_of_a_tuple_does_not_depend_on_the_batch(recall):
-    """A batch of one: --top-fraction may leave a single tuple to count for the trace error."""
     maze, model = make_model(recall)
-    tuples = random_transitions(maze, 20, np.random.default_rng(0), neighbours_only=True)
-    columns = [torch.from_numpy(column) for column in tuples[:3]]
+    columns = triples(random_transitions(maze, 20, np.random.default_rng(0), neighbours_only=True))
     with torch.no_grad():
         one_by_one = torch.cat([model.log_prob(*(column[i : i + 1] for column in columns)) for i in range(20)])
         torch.testing.assert_close(one_by_one, model.log_prob(*columns), rtol=0, atol=1e-5)
@@ -320,7 +381,7 @@ def test_action_predictor_is_a_masked_categorical(recall):
         np.testing.assert_allclose(joint(model, after).sum(axis=0), expected.numpy(), rtol=0, atol=1e-5)
 
 
-def test_state_predictor_is_a_network_on_one_hot_cell_and_action():
+def test_state_predictor_is_a_network_on_one_hot_state_and_action():
     """Appendix C: two hidden layers of 128 ReLU units, here on the concatenation of both one-hot vectors."""
     maze, model = make_model("learned")
     first, _, second, _, last = model.state_predictor
@@ -332,48 +393,69 @@ def test_state_predictor_is_a_network_on_one_hot_cell_and_action():
         expected = torch.distributions.Categorical(logits=hidden @ last.weight.T + last.bias)
         q = torch.distributions.Categorical(logits=model.state_log_probs(actions, after))
         torch.testing.assert_close(q.probs, expected.probs, rtol=0, atol=1e-5)
-        cells = torch.from_numpy(np.random.default_rng(0).integers(49, size=len(after)))
+        states = torch.from_numpy(np.random.default_rng(0).integers(49, size=len(after)))
         of_actions = torch.distributions.Categorical(logits=model.action_predictor(after))
-        expected = of_actions.log_prob(actions) + expected.log_prob(cells)  # Eq. (1)
-        torch.testing.assert_close(model.log_prob(cells, actions, after), expected, rtol=0, atol=1e-4)
+        expected = of_actions.log_prob(actions) + expected.log_prob(states)  # Eq. (1)
+        torch.testing.assert_close(model.log_prob(states, actions, after), expected, rtol=0, atol=1e-4)
+
+
+def unrolled(model, starts, first_state, length):
+    """recall_traces as rows: states and actions (length, N), and which of them belong to a trace (length, N)."""
+    states, actions = (column.numpy() for column in script.recall_traces(model, starts, first_state, length))
+    rows = np.full((2, length, len(starts)), -1)
+    going, used = np.arange(len(starts)), 0
+    for t in range(length):
+        rows[:, t, going] = states[used : used + len(going)], actions[used : used + len(going)]
+        used += len(going)
+        going = going[rows[0, t, going] != first_state]
+    assert states.shape == actions.shape == (used,)
+    return *rows, rows[1] >= 0
 
 
 @pytest.mark.parametrize("recall", RECALLS)
 def test_first_step_of_recall_traces_follows_log_prob(recall):
     """Frequencies of (s_t, a_t) within five standard deviations of q(s_t, a_t | s_{t+1}), none of probability 0."""
     maze, model = make_model(recall, goal=(2, 4))
-    number, rng = 20_000, np.random.default_rng(0)
+    number = 20_000
+    torch.manual_seed(0)
     for after in (maze.goal, 7 * 1 + 1, 7 * 1 + 3, 7 * 4 + 4):  # also a corner, a doorway and a crossroads
-        starts = np.full(number, after)
-        states, actions, in_trace = script.recall_traces(model, starts, np.full(number, -1), 1, rng)
-        assert states.shape == actions.shape == in_trace.shape == (1, number) and in_trace.all()
+        states, actions = script.recall_traces(model, np.full(number, after), maze.starts[0], 1)
+        assert states.shape == actions.shape == (number,)
         counts, q = np.zeros((49, 4)), joint(model, after)
-        np.add.at(counts, (states[0], actions[0]), 1)
+        np.add.at(counts, (states.numpy(), actions.numpy()), 1)
         assert not counts[q == 0].any()
         assert within_five_sigma(counts, q, number)
 
 
-def test_later_steps_of_recall_traces_follow_the_unrolled_model():
-    """The third state back is distributed as the matrix of q(s_t | s_{t+1}) to the third power."""
+@pytest.mark.parametrize("first_state", [-1, 7 * 5 + 3])
+def test_later_steps_of_recall_traces_follow_the_unrolled_model(first_state):
+    """The third state back is distributed as the matrix of q(s_t | s_{t+1}) to the third power.
+
+    If traces end in a state that is reached, the matrix leads out of it to nothing.
+    """
     maze, model = make_model("learned")
     number, length = 20_000, 3
     backward = np.stack([joint(model, after).sum(axis=1) for after in range(49)])
-    starts = np.full(number, maze.goal)
-    states, _, _ = script.recall_traces(model, starts, np.full(number, -1), length, np.random.default_rng(0))
+    backward /= backward.sum(axis=1, keepdims=True)
+    backward[first_state if first_state >= 0 else []] = 0
+    torch.manual_seed(0)
+    states, _, in_trace = unrolled(model, np.full(number, maze.goal), first_state, length)
     expected = np.linalg.matrix_power(backward, length)[maze.goal]
-    assert within_five_sigma(np.bincount(states[-1], minlength=49), expected / expected.sum(), number)
+    assert within_five_sigma(np.bincount(states[-1][in_trace[-1]], minlength=49), expected, number)
+    assert in_trace.all() == (first_state == -1) and expected.sum() > 0.8
 
 
 @pytest.mark.parametrize("recall", ["true", "random"])
 @pytest.mark.parametrize("settings", [{"size": 7}, {"size": 11, "goal": (5, 2)}])
 def test_recall_traces_of_exact_predecessors_are_transitions_backwards(recall, settings):
+    """Each trace on its own, also where others have come to the state in which episodes begin, and ended."""
     maze, model = make_model(recall, **settings)
-    predecessors = exact_predecessors(maze)
-    starts = np.repeat(np.flatnonzero(maze.free), 20)
-    first_cells = np.full(len(starts), -1)
-    states, actions, in_trace = script.recall_traces(model, starts, first_cells, 15, np.random.default_rng(0))
-    assert in_trace.all() and states.shape == actions.shape == (15, len(starts))
+    predecessors, starts = exact_predecessors(maze), np.repeat(np.flatnonzero(maze.free), 20)
+    torch.manual_seed(0)
+    states, actions, in_trace = unrolled(model, starts, maze.starts[0], 15)
+    assert in_trace[0].all() and 0.1 < in_trace[-1].mean() < 0.98
     later = np.vstack((starts, states[:-1]))
+    states, actions, later = states[in_trace], actions[in_trace], later[in_trace]
     assert (maze.next_cell[states, actions] == later).all()
     assert (states != maze.goal).all()  # no action is taken there
     bumps = states == later
@@ -383,88 +465,97 @@ def test_recall_traces_of_exact_predecessors_are_transitions_backwards(recall, s
 
 
 @pytest.mark.parametrize("recall", RECALLS)
-def test_recall_traces_end_with_the_first_cell(recall):
+def test_recall_traces_end_with_the_first_state(recall):
+    """A single trace holds that state in its last step or not at all; then it is as long as allowed."""
     maze, model = make_model(recall)
-    rng = np.random.default_rng(0)
-    starts, first_cells = rng.choice(np.flatnonzero(maze.free), size=(2, 500))
-    states, _, in_trace = script.recall_traces(model, starts, first_cells, 12, rng)
-    lengths = []
-    for i in range(500):
-        trace = states[:, i].tolist()
-        length = trace.index(first_cells[i]) + 1 if first_cells[i] in trace else 12
-        assert in_trace[:, i].tolist() == [True] * length + [False] * (12 - length)
-        lengths.append(length)
+    rng, lengths = np.random.default_rng(0), []
+    torch.manual_seed(0)
+    for start, first_state in rng.choice(np.flatnonzero(maze.free), size=(300, 2)):
+        states, actions = script.recall_traces(model, np.array([start]), first_state, 12)
+        assert len(states) == len(actions) and first_state not in states[:-1]
+        assert len(states) == 12 or states[-1] == first_state
+        lengths.append(len(states))
     assert min(lengths) == 1 and max(lengths) == 12
+
+
+def test_no_trace_goes_on_after_the_last_one_has_ended():
+    """In a learned model that knows but one way, from the goal to the first state, which is 8 steps long."""
+    maze = FourRoomMaze(7)
+    torch.manual_seed(0)
+    model, way = BacktrackingModel(maze, "learned"), [8, 9, 10, 11, 18, 25, 32, 33, 40]
+    tuples = make_tuples(way[:-1], [0] * 8, way[1:])
+    for _ in fit(model, tuples, [(1e-2, 200)], backtracking_batch_size=64):
+        pass
+    states, actions = script.recall_traces(model, np.full(5, maze.goal), way[0], 100)
+    assert states.tolist() == [state for state in way[-2::-1] for _ in range(5)] and not actions.any()
 
 
 # -------------------------------------------------------------------------------------------------- maximum likelihood
 
 
-class FixedBatch:
-    """In place of a numpy Generator: draws the given batch."""
+def draw_batch(monkeypatch, batch):
+    """In place of torch.randint: draws the given batch."""
 
-    def __init__(self, batch):
-        self.batch = batch
+    def randint(high, size):
+        assert (batch < high).all() and size == batch.shape
+        return torch.from_numpy(batch)
 
-    def integers(self, high, size):
-        assert (self.batch < high).all() and size == len(self.batch)
-        return self.batch
+    monkeypatch.setattr(script.torch, "randint", randint)
 
 
 @pytest.mark.parametrize("recall", ["true", "learned"])
-def test_backtracking_update_descends_the_mean_negative_log_likelihood(recall):
+def test_backtracking_update_descends_the_mean_negative_log_likelihood(recall, monkeypatch):
     """Eq. (2): loss and SGD step against the gradient of probabilities normalised by hand, in float64."""
     maze, model = make_model(recall)
-    possible = torch.from_numpy(maze.num_predecessors > 0)
-    rng = np.random.default_rng(0)
+    predecessors, rng = exact_predecessors(maze), np.random.default_rng(0)
+    possible = torch.tensor([[bool(predecessors[action, after]) for action in range(4)] for after in range(49)])
     tuples = random_transitions(maze, 50, rng, neighbours_only=True)
     batch = rng.integers(50, size=30)
     reference = copy.deepcopy(model).double()
     nll = 0
     for i in batch:
-        cell, action, after = (torch.tensor(column[i]) for column in tuples[:3])
+        state, action, after = (column[i] for column in triples(tuples))
         weights = reference.action_predictor(after).exp() * (possible[after] if recall == "true" else 1)
         nll -= (weights[action] / weights.sum()).log()
         if recall == "learned":
             weights = reference.state_predictor(torch.stack((after, 49 + action)).unsqueeze(0))[0].exp()
-            nll -= (weights[cell] / weights.sum()).log()
+            nll -= (weights[state] / weights.sum()).log()
     loss = nll / len(batch)
     gradients = torch.autograd.grad(loss, list(reference.parameters()))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    args = Args(recall=recall, backtracking_batch_size=len(batch))
-    losses = script.update_backtracking_model(model, optimizer, tuples, args, FixedBatch(batch))
-    assert losses["recall/backtracking_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    draw_batch(monkeypatch, batch)
+    losses = script.update_backtracking_model(model, optimizer, tuples, Args(backtracking_batch_size=len(batch)))
+    assert losses == {"recall/backtracking_loss": pytest.approx(loss.item(), abs=1e-5)}
     for parameter, old, gradient in zip(model.parameters(), before, gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), old - 0.5 * gradient.float(), rtol=0, atol=1e-5)
 
 
-def fit(model, tuples, rng, schedule, **kwargs):
+def fit(model, tuples, schedule, **kwargs):
     """Updates the backtracking model with Adam; yields after every (learning rate, number of updates)."""
     args = Args(**kwargs)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for lr, updates in schedule:
         optimizer.param_groups[0]["lr"] = lr
         for _ in range(updates):
-            script.update_backtracking_model(model, optimizer, tuples, args, rng)
+            script.update_backtracking_model(model, optimizer, tuples, args)
         yield
 
 
 def test_backtracking_batches_are_drawn_uniformly():
     """Without learning, the mean loss of many batches is the mean over all tuples, within five standard errors."""
     maze, model = make_model("learned")
-    rng = np.random.default_rng(0)
-    tuples = random_transitions(maze, 40, rng)
+    tuples = random_transitions(maze, 40, np.random.default_rng(0))
     with torch.no_grad():
-        nll = -model.log_prob(*(torch.from_numpy(column) for column in tuples[:3])).double().numpy()
-    optimizer, args = torch.optim.SGD(model.parameters(), lr=0), Args(recall="learned", backtracking_batch_size=64)
-    losses = [script.update_backtracking_model(model, optimizer, tuples, args, rng) for _ in range(200)]
+        nll = -model.log_prob(*triples(tuples)).double().numpy()
+    optimizer, args = torch.optim.SGD(model.parameters(), lr=0), Args(backtracking_batch_size=64)
+    losses = [script.update_backtracking_model(model, optimizer, tuples, args) for _ in range(200)]
     mean = np.mean([loss["recall/backtracking_loss"] for loss in losses])
     assert abs(mean - nll.mean()) < 5 * nll.std() / math.sqrt(200 * 64)
 
 
 @pytest.mark.parametrize("recall", ["true", "learned"])
-def test_backtracking_model_converges_to_the_conditional_frequencies(recall):
+def test_backtracking_model_converges_to_the_conditional_frequencies(recall, monkeypatch):
     """The maximum of the likelihood of q(s_t, a_t | s_{t+1}) is the share of each pair among those into s_{t+1}.
 
     With exact predecessors the share of the actions is left to learn, of data in which nobody bumps into walls. Every
@@ -474,45 +565,30 @@ def test_backtracking_model_converges_to_the_conditional_frequencies(recall):
     torch.manual_seed(0)
     model = BacktrackingModel(maze, recall)
     tuples = random_transitions(maze, 400, rng, neighbours_only=recall == "true")
-    untrained = script.trace_error(model, tuples, "cpu")
-    batch, schedule = FixedBatch(np.arange(400)), [(1e-2, 200), (1e-3, 100)]
-    for _ in fit(model, tuples, batch, schedule, recall=recall, backtracking_batch_size=400):
+    frequencies = {after: np.zeros((49, 4)) for after in np.unique(tuples.next_states)}
+    for state, action, after in zip(tuples.states, tuples.actions, tuples.next_states, strict=True):
+        frequencies[after][state, action] += 1 / (tuples.next_states == after).sum()
+
+    def distances():
+        """The total variation between model and frequencies, for each s_{t+1}."""
+        return [np.abs(shares - joint(model, after)).sum() / 2 for after, shares in frequencies.items()]
+
+    assert np.mean(distances()) > 0.1
+    draw_batch(monkeypatch, np.arange(400))
+    for _ in fit(model, tuples, [(1e-2, 200), (1e-3, 100)], backtracking_batch_size=400):
         pass
-    for after in np.unique(tuples.next_cells):
-        into, frequencies = tuples.next_cells == after, np.zeros((49, 4))
-        np.add.at(frequencies, (tuples.cells[into], tuples.actions[into]), 1 / into.sum())
-        np.testing.assert_allclose(joint(model, after), frequencies, rtol=0, atol=0.01)
-    assert untrained > 0.1 and script.trace_error(model, tuples, "cpu") < 0.005
-
-
-@pytest.mark.parametrize("recall", RECALLS)
-@pytest.mark.parametrize("scale", [0.0, 0.3])
-def test_trace_error_is_the_mean_total_variation_over_all_pairs(recall, scale):
-    """Half the sum of |p - q| over all (s_t, a_t), p counted from the tuples (with bumps that only `learned` knows)."""
-    maze = FourRoomMaze(7)
-    torch.manual_seed(0)
-    model = perturbed(BacktrackingModel(maze, recall), scale=scale)
-    tuples = random_transitions(maze, 300, np.random.default_rng(0))
-    distances = []
-    for after in tuples.next_cells:
-        counts = np.zeros((49, 4))
-        np.add.at(counts, tuple(column[tuples.next_cells == after] for column in (tuples.cells, tuples.actions)), 1)
-        distances.append(np.abs(counts / counts.sum() - joint(model, after)).sum() / 2)
-    assert script.trace_error(model, tuples, "cpu") == pytest.approx(np.mean(distances), abs=1e-5)
+    assert max(distances()) < 0.01
 
 
 # ------------------------------------------------------------------------------------------------------ imitation
 
 
-def test_imitation_follows_the_gradient_of_the_pairs_in_the_traces_only():
+def test_imitation_follows_the_gradient_of_all_pairs():
     """Eq. (3): the gradient in the logits is (softmax - one-hot) / n for each of the n pairs, in one SGD step."""
-    actor = perturbed(Actor(49, 4))
+    actor = perturbed(make_actor())
     rng = np.random.default_rng(0)
-    states, actions = rng.integers(49, size=(6, 10)), rng.integers(4, size=(6, 10))
-    in_trace = np.arange(6)[:, None] < rng.integers(1, 7, size=10)
-    assert not in_trace.all()
+    pairs = list(zip(rng.integers(49, size=37).tolist(), rng.integers(4, size=37).tolist(), strict=True))
     before = copy.deepcopy(actor)
-    pairs = [(int(states[i]), int(actions[i])) for i in zip(*np.nonzero(in_trace), strict=True)]
     logits = before(torch.tensor([state for state, _ in pairs]))
     with torch.no_grad():
         weights = logits.double().exp()
@@ -522,96 +598,95 @@ def test_imitation_follows_the_gradient_of_the_pairs_in_the_traces_only():
             gradient[row, action] -= 1
             loss -= math.log(probs[row, action]) / len(pairs)
     logits.backward((gradient / len(pairs)).float())
-    losses = script.imitate(actor, torch.optim.SGD(actor.parameters(), lr=0.1), states, actions, in_trace, "cpu")
-    assert losses["recall/imitation_loss"] == pytest.approx(loss, abs=1e-5)
+    states, actions = torch.tensor(pairs).T
+    losses = script.imitate(actor, torch.optim.SGD(actor.parameters(), lr=0.1), states, actions)
+    assert losses == {"recall/imitation_loss": pytest.approx(loss, abs=1e-5)}
     for new, old in zip(actor.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(new.detach(), (old - 0.1 * old.grad).detach(), rtol=0, atol=1e-6)
-    policies = (script.policy_table(network) for network in (actor, before))
-    after, earlier = (np.mean([math.log(policy[pair]) for pair in pairs]) for policy in policies)
+    after, earlier = (np.mean([math.log(policy_of(network)[pair]) for pair in pairs]) for network in (actor, before))
     assert after > earlier
 
 
 def test_imitation_makes_the_policy_walk_the_traces():
     """On a single path, whose pairs do not contradict each other, every one of them becomes almost certain."""
-    states, actions = np.arange(10)[:, None], np.arange(10)[:, None] % 4
+    states, actions = torch.arange(10), torch.arange(10) % 4
     torch.manual_seed(0)
-    actor = Actor(49, 4)
+    actor = make_actor()
     optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3)
     for _ in range(100):
-        script.imitate(actor, optimizer, states, actions, np.ones((10, 1), dtype=bool), "cpu")
-    assert (script.policy_table(actor)[states, actions] > 0.9).all()
+        script.imitate(actor, optimizer, states, actions)
+    assert (policy_of(actor)[states, actions] > 0.9).all()
 
 
 # -------------------------------------------------------------------------------------------------- high-value states
 
 
-class TableCritic(Critic):
-    """V(s) from a table."""
-
-    def __init__(self, table):
-        super().__init__(len(table))
-        self.table = torch.tensor(table)
-
-    def forward(self, cells):
-        return self.table[cells]
-
-
 @pytest.mark.parametrize(
     ("start_states", "expected"),
-    [
-        ("reward", {(12, 8, 3.0): 1, (40, 8, 5.0): 2, (40, 9, 4.0): 1}),  # (state, first cell, value): its tuples
-        ("goal", {(40, 8, 5.0): 2, (40, 9, 4.0): 1}),
-        ("value", {(11, 9, 7.0): 1, (33, 8, 7.0): 2}),
-    ],
+    [("reward", {12: 1, 40: 3}), ("goal", {40: 1}), ("value", {11: 1, 33: 2})],  # state: its tuples
 )
 def test_high_value_states(start_states, expected):
-    """States of all tuples that qualify, each as often, with the cell where its episode began and its value.
+    """States of all tuples that qualify, each as often; a goal that is known is one, whatever the tuples say.
 
-    `reward` and `goal` look at the states that the tuples lead into, the critic at those in which actions were taken:
-    it learns nothing about the terminal goal.
+    `reward` looks at the states that the tuples lead into, the critic at those in which actions were taken: it learns
+    nothing about the terminal goal.
     """
-    envs = FourRoomVectorEnv(1, size=7)
-    assert envs.maze.goal == 40
-    table = np.zeros(49, dtype=np.float32)
-    table[[11, 33, 39]], table[[12, 40, 20]] = (7, 7, 6), (8, 9, 10)  # no action was taken in these
+    maze = FourRoomMaze(7)
+    assert maze.goal == 40
+    values = np.zeros(49, dtype=np.float32)
+    values[[11, 33, 39]], values[[12, 40, 20]] = (7, 7, 6), (8, 9, 10)  # no action was taken in these
     tuples = make_tuples(
         [5, 5, 11, 5, 39, 33, 33, 39],
         [1, 1, 1, 1, 1, 2, 2, 1],
         [11, 12, 12, 13, 40, 40, 40, 11],
         [-0.01, 0.5, -0.01, 0, 5, 5, 5, -0.01],
         [1, 3, 6, 9, 4, 5, 5, 0],
-        [8, 8, 9, 8, 9, 8, 8, 9],
     )
     number = 4_000
-    args, rng = Args(start_states=start_states, num_traces=number), np.random.default_rng(0)
-    found = script.high_value_states(tuples, TableCritic(table), envs, args, rng)
-    assert all(column.shape == (number,) for column in found)
-    counts = Counter(zip(*(column.tolist() for column in found), strict=True))
-    assert set(counts) == set(expected)
-    share = np.array([expected[key] for key in counts]) / sum(expected.values())
+    torch.manual_seed(0)
+    found = script.high_value_states(tuples, values, maze, Args(start_states=start_states, num_traces=number))
+    counts = Counter(found.tolist())
+    assert found.shape == (number,) and set(counts) == set(expected)
+    share = np.array([expected[state] for state in counts]) / sum(expected.values())
     assert within_five_sigma(np.array(list(counts.values())), share, number)
 
 
 def test_high_value_state_of_a_goal_known_ahead_of_time():
-    """Nobody has been there: the goal, what the step into it gives, and no cell in which the traces would begin."""
-    envs = FourRoomVectorEnv(1, size=7, goal_reward=3.0)
-    args = Args(start_states="goal", num_traces=5)
-    starts, first_cells, values = script.high_value_states(None, Critic(49), envs, args, np.random.default_rng(0))
-    assert starts.tolist() == [40] * 5 and first_cells.tolist() == [-1] * 5 and values.tolist() == [2.99] * 5
+    """Nobody has been there."""
+    found = script.high_value_states(None, np.zeros(49), FourRoomMaze(7), Args(start_states="goal", num_traces=5))
+    assert found.tolist() == [40] * 5
 
 
-def test_most_valued_state_when_all_tuples_lead_into_the_goal():
-    """--top-fraction may leave nothing but last steps: the critic does not value the goal, but the cells before it."""
-    envs = FourRoomVectorEnv(1, size=7)
-    table = np.zeros(49, dtype=np.float32)
-    table[[33, 39, 40]] = 1, 2, 3
-    tuples = make_tuples([39, 33], [1, 2], [40, 40], [4.99, 4.99], [4.99, 4.99], [8, 9])
-    args = Args(start_states="value", num_traces=5)
-    found = script.high_value_states(tuples, TableCritic(table), envs, args, np.random.default_rng(0))
-    assert [column.tolist() for column in found] == [[39] * 5, [8] * 5, [2.0] * 5]
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize(("start_states", "expected"), [("reward", 40), ("value", 39)])
+def test_high_value_states_when_all_tuples_lead_into_the_goal(start_states, expected, number):
+    """--top-fraction may leave nothing but last steps: the critic does not value the goal, but the state before it."""
+    values = np.zeros(49, dtype=np.float32)
+    values[[33, 39, 40]] = 1, 2, 3
+    tuples = make_tuples([39, 33], [1, 2], [40, 40], [4.99, 4.99], [4.99, 4.99])
+    args = Args(start_states=start_states, num_traces=number)
+    found = script.high_value_states(tuples, values, FourRoomMaze(7), args)
+    assert isinstance(found, np.ndarray) and found.tolist() == [expected] * number
 
 
 # -------------------------------------------------------------------------------------------------- trajectory buffer
+
+
+def test_loops_end_with_the_last_exit_from_each_state():
+    """From each state on the way, only the step counts with which the trajectory leaves it for the last time."""
+    assert cut_loops([3, 4, 5, 4, 6]) == [0, 3, 4]
+    assert cut_loops([7, 7, 7]) == [2]
+    assert cut_loops([1, 2, 3, 2, 1, 4]) == [4, 5]
+    rng, shortened = np.random.default_rng(0), 0
+    for _ in range(500):
+        states = rng.integers(rng.integers(1, 12), size=rng.integers(1, 20)).tolist()
+        last_exit = {state: t for t, state in enumerate(states)}
+        way = [last_exit[states[0]]]
+        while way[-1] < len(states) - 1:
+            way.append(last_exit[states[way[-1] + 1]])
+        assert cut_loops(states) == way
+        shortened += 1 < len(way) < len(states)
+    assert shortened > 100
 
 
 class NaiveBuffer:
@@ -624,13 +699,13 @@ class NaiveBuffer:
 
     def add(self, rollout):
         ended = []
-        for i, t in np.ndindex(*rollout.cells.T.shape):
-            cell, action, reward, after, terminated, truncated = (column[t, i].item() for column in rollout)
-            self.running[i].append((cell, action, after, reward))
+        for i, t in np.ndindex(*rollout.states.T.shape):
+            *step, terminated, truncated = (column[t, i].item() for column in rollout)
+            self.running[i].append(step)
             if terminated or truncated:
                 episode, self.running[i] = self.running[i], []
-                ended.append((sum(step[3] for step in episode), len(episode)))
-                if any(step[3] > 0 for step in episode):
+                ended.append((sum(step[2] for step in episode), len(episode)))
+                if any(step[2] > 0 for step in episode):
                     self.keep(round(ended[-1][0], 9), self.rows(episode))
         return ended
 
@@ -649,54 +724,56 @@ class NaiveBuffer:
         """Loops cut out in the order in which they close."""
         way = []
         for t, step in enumerate(episode):
-            cells = [episode[k][0] for k in way]
-            if step[0] in cells:
-                del way[cells.index(step[0]) :]
+            states = [episode[k][0] for k in way]
+            if step[0] in states:
+                del way[states.index(step[0]) :]
             way.append(t)
         self.looped += len(way) < len(episode)
-        return [
-            (*episode[t], sum(self.gamma**k * step[3] for k, step in enumerate(episode[t:])), episode[0][0])
-            for t in way
-        ]
+        return [(*episode[t], sum(self.gamma**k * step[2] for k, step in enumerate(episode[t:]))) for t in way]
 
 
-def walks(rng, num_envs=5, rollouts=120, num_steps=6, **kwargs):
+def walks(seed, num_envs=5, rollouts=120, num_steps=6, **kwargs):
     """Rollouts of a random walk; its returns may be negative even where the goal is reached, and are often equal."""
     settings = {"size": 7, "start": "random", "goal_reward": 0.15, "max_steps": 40, **kwargs}
     envs = FourRoomVectorEnv(num_envs, **settings)
-    cells, _ = envs.reset(seed=0)
+    states, _ = envs.reset(seed=0)
+    torch.manual_seed(seed)
     for _ in range(rollouts):
-        rollout, cells = script.collect_rollout(envs, cells, np.full((len(envs.maze.free), 4), 0.25), num_steps, rng)
+        rollout, states = script.collect_rollout(envs, states, np.full((len(envs.maze.free), 4), 0.25), num_steps)
         yield rollout
 
 
 @pytest.mark.parametrize("capacity", [1, 4, 1_000])
 def test_buffer_equals_a_naive_one(capacity):
-    """After every rollout: what ended, what is kept in which order, and its tuples with values and first cells."""
+    """After every rollout: what ended, what is kept in which order, and its tuples with their returns-to-go."""
     buffer, naive, num_ended = TrajectoryBuffer(capacity, 5, 0.9), NaiveBuffer(capacity, 5, 0.9), 0
-    for rollout in walks(np.random.default_rng(0)):
+    for rollout in walks(0):
         ended, expected = buffer.add(rollout), naive.add(rollout)
         assert [length for _, length in ended] == [length for _, length in expected]
         assert [value for value, _ in ended] == pytest.approx([value for value, _ in expected])
         num_ended += len(ended)
         assert [value for value, _ in buffer.best] == pytest.approx([value for value, _ in naive.best])
-        for (_, tuples), (_, rows) in zip(buffer.best, naive.best, strict=True):
-            np.testing.assert_allclose(np.stack(tuples, axis=1), np.array(rows), rtol=0, atol=1e-9)
+        for (_, trajectory), (_, rows) in zip(buffer.best, naive.best, strict=True):
+            np.testing.assert_allclose(np.array(trajectory), np.array(rows), rtol=0, atol=1e-9)
     assert 10 < len(naive.returns) < num_ended  # some found the goal and some did not,
     assert min(naive.returns) < 0 and naive.looped and (naive.tied or capacity != 4)  # with losses, loops and ties
 
 
-def test_kept_tuples_lead_from_the_first_cell_to_the_goal_without_loops():
+def columns_of(trajectory):
+    return Tuples(*map(np.array, zip(*trajectory, strict=True)))
+
+
+def test_kept_tuples_lead_to_the_goal_without_loops():
     buffer, maze = TrajectoryBuffer(12, 5, 0.9), FourRoomMaze(7, start="random")
-    for rollout in walks(np.random.default_rng(1)):
+    for rollout in walks(1):
         buffer.add(rollout)
     assert len(buffer.best) == 12
-    for _, tuples in buffer.best:
-        assert len(set(tuples.cells.tolist())) == len(tuples.cells)
-        assert (maze.next_cell[tuples.cells, tuples.actions] == tuples.next_cells).all()
-        assert (tuples.cells[1:] == tuples.next_cells[:-1]).all() and tuples.next_cells[-1] == maze.goal
-        assert (tuples.first_cells == tuples.cells[0]).all()
-        assert (np.diff(tuples.values) > 0).all()  # later is nearer to the reward
+    for _, trajectory in buffer.best:
+        tuples = columns_of(trajectory)
+        assert len(set(tuples.states.tolist())) == len(tuples.states)
+        assert (maze.next_cell[tuples.states, tuples.actions] == tuples.next_states).all()
+        assert (tuples.states[1:] == tuples.next_states[:-1]).all() and tuples.next_states[-1] == maze.goal
+        assert (np.diff(tuples.returns) > 0).all()  # later is nearer to the reward
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.99, 0.5, 0.1, 0.0])
@@ -705,53 +782,32 @@ def test_values_are_discounted_returns_to_go(gamma):
     length, rng = 361, np.random.default_rng(0)
     rewards = rng.normal(size=length)
     steps, never = np.arange(length), np.zeros(length, dtype=bool)
-    columns = {"cells": steps, "actions": steps % 4, "rewards": rewards, "next_cells": steps + 1, "truncated": never}
+    columns = {"states": steps, "actions": steps % 4, "rewards": rewards, "next_states": steps + 1, "truncated": never}
     columns["terminated"] = steps == length - 1
     buffer = TrajectoryBuffer(1, 1, gamma)
     buffer.add(Rollout(**{name: column[:, None] for name, column in columns.items()}))
     expected, value = np.zeros(length), 0.0
     for t in reversed(range(length)):
         expected[t] = value = rewards[t] + gamma * value
-    ((total, tuples),) = buffer.best
+    ((total, trajectory),) = buffer.best
     assert total == pytest.approx(rewards.sum())
-    np.testing.assert_allclose(tuples.values, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(columns_of(trajectory).returns, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.1, 1e-9])
 def test_most_valuable_takes_the_top_fraction_of_all_tuples(fraction):
     buffer = TrajectoryBuffer(6, 5, 0.9)
-    for rollout in walks(np.random.default_rng(0)):
+    for rollout in walks(0):
         buffer.add(rollout)
-    everything = Counter(row for _, tuples in buffer.best for row in zip(*tuples, strict=True))
-    chosen = Counter(zip(*buffer.most_valuable(fraction), strict=True))
+    everything = Counter(row for _, trajectory in buffer.best for row in trajectory)
+    tuples = buffer.most_valuable(fraction)
+    assert (np.diff(tuples.returns) <= 0).all()
+    chosen = Counter(zip(*(column.tolist() for column in tuples), strict=True))
     assert chosen <= everything
     assert chosen.total() == max(1, round(fraction * everything.total()))
     rest = everything - chosen
-    assert min(row[4] for row in chosen) >= max((row[4] for row in rest), default=-math.inf)
+    assert tuples.returns.min() >= max((row[4] for row in rest), default=-math.inf)
     assert fraction == 1 or len(rest) > 0
-
-
-def test_buffer_goes_on_after_a_round_trip_through_a_file():
-    """Saved in the midst of episodes, the copy in a new buffer holds and finds the same trajectories from there on."""
-    buffer, restored, num_ended = TrajectoryBuffer(4, 5, 0.9), TrajectoryBuffer(4, 5, 0.9), 0
-    for i, rollout in enumerate(walks(np.random.default_rng(0))):
-        ended = buffer.add(rollout)
-        if i == 60:
-            file = io.BytesIO()
-            torch.save(buffer.state_dict(), file)
-            file.seek(0)
-            restored.load_state_dict(torch.load(file, weights_only=True))
-            kept = [value for value, _ in buffer.best]
-        elif i > 60:
-            assert restored.add(rollout) == ended
-            num_ended += len(ended)
-        if i >= 60:
-            assert [value for value, _ in restored.best] == [value for value, _ in buffer.best]
-            for (_, tuples), (_, copied) in zip(buffer.best, restored.best, strict=True):
-                for column, other in zip(tuples, copied, strict=True):
-                    assert column.dtype == other.dtype and (column == other).all()
-    assert len(kept) == len(restored.best) == 4 and num_ended
-    assert kept != [value for value, _ in restored.best]
 
 
 # ------------------------------------------------------------------------------------------------------ schedule
@@ -776,7 +832,7 @@ def count_updates(monkeypatch, tmp_path):
 
             monkeypatch.setattr(script, name, wrapper)
 
-        def note_real(actor, critic, optimizer, rollout, args):
+        def note_real(optimizer, rollout, log_probs, values, args):
             real[0] += 1
             if rollout.terminated.any():
                 found.append(real[0])
@@ -784,14 +840,13 @@ def count_updates(monkeypatch, tmp_path):
         counted("update_actor_critic", note_real)
         counted("imitate", lambda *_: imitations.append(real[0]))
         counted("update_backtracking_model", lambda *_: fits.append(real[0]))
-        monkeypatch.setattr(script, "draw_pictures", lambda *_: {})
+        monkeypatch.setattr(script, "draw_pictures", lambda *_, **__: {})
         settings = {"num_envs": 16, "num_steps": 5, "num_traces": 4, "backtracking_batch_size": 8, "eval_every": 10**9}
         settings |= {"recall_updates": 1, "backtracking_updates": 1, **kwargs}
-        script.main(Args(run_dir=tmp_path / "run", **settings))
+        script.main(Args(run_dir=str(tmp_path / "run"), **settings))
         return real[0], imitations, fits, found[0] if found else None
 
-    yield run
-    torch.use_deterministic_algorithms(False)
+    return run
 
 
 @pytest.mark.parametrize("every", [1, 3, 4])
@@ -854,9 +909,7 @@ def threshold(event):
 
 def random_policy():
     torch.manual_seed(0)
-    policy = script.policy_table(perturbed(Actor(121, 4), seed=1, scale=0.2)).astype(np.float64)
-    np.testing.assert_allclose(policy.sum(axis=1), 1, rtol=0, atol=1e-6)
-    return policy / policy.sum(axis=1, keepdims=True)
+    return policy_of(perturbed(make_actor(121), seed=1, scale=0.2))
 
 
 def all_trajectories(maze, policy):
@@ -932,8 +985,8 @@ def test_log_evidence_is_elbo_plus_divergence_from_the_posterior(event):
     posterior = np.array(
         [
             math.prod(
-                policy[cell, action] * h[EVENTS[event] - t - 1, after] / h[EVENTS[event] - t, cell]
-                for t, (cell, action, after) in enumerate(steps_of([taken], [visited]))
+                policy[state, action] * h[EVENTS[event] - t - 1, after] / h[EVENTS[event] - t, state]
+                for t, (state, action, after) in enumerate(steps_of([taken], [visited]))
             )
             for taken, visited in zip(actions, states, strict=True)
         ]
@@ -956,7 +1009,7 @@ def test_imitation_of_samples_from_q_ascends_the_elbo():
     """
     maze = FourRoomMaze(**SETTINGS)
     torch.manual_seed(0)
-    actor = perturbed(Actor(121, 4), seed=1, scale=0.2)
+    actor = perturbed(make_actor(121), seed=1, scale=0.2)
     actions, states, _ = event_trajectories(maze, random_policy(), "shortest paths")
     counts = [1, 2, 3, 1, 4, 5]
     q = np.array(counts) / sum(counts)
@@ -971,9 +1024,8 @@ def test_imitation_of_samples_from_q_ascends_the_elbo():
     expected = [
         (old + 0.1 / 4 * gradient).detach() for old, gradient in zip(actor.parameters(), gradients, strict=True)
     ]
-    traces = [(states[i][3::-1], actions[i][::-1]) for i in range(6) for _ in range(counts[i])]
-    columns = (np.array(column).T for column in zip(*traces, strict=True))
-    script.imitate(actor, torch.optim.SGD(actor.parameters(), lr=0.1), *columns, np.ones((4, 16), dtype=bool), "cpu")
+    pairs = [step[:2] for i in range(6) for step in steps_of([actions[i]], [states[i]]) * counts[i]]
+    script.imitate(actor, torch.optim.SGD(actor.parameters(), lr=0.1), *torch.tensor(pairs).T)
     for new, old in zip(actor.parameters(), expected, strict=True):
         torch.testing.assert_close(new.detach(), old, rtol=0, atol=1e-6)
     assert elbo(actor) > before
@@ -984,13 +1036,13 @@ def test_recall_traces_from_the_goal_are_samples_from_q(recall):
     """Whole traces that reach the start in 4 steps: as frequent as the product of q(s_t, a_t | s_{t+1}) says."""
     maze = FourRoomMaze(**SETTINGS)
     torch.manual_seed(0)
-    model, number = perturbed(BacktrackingModel(maze, recall), scale=0.1), 4_000
+    model, number = BacktrackingModel(maze, recall), 4_000
+    model = model if recall == "random" else perturbed(model, scale=0.1)
     actions, states, prior = event_trajectories(maze, random_policy(), "shortest paths")
     if recall == "learned":  # otherwise hardly any trace would reach the start
         tuples = make_tuples(*zip(*steps_of(actions, states), strict=True))
-        list(fit(model, tuples, np.random.default_rng(0), [(1e-2, 40)], recall=recall, backtracking_batch_size=64))
-    starts, first_cells = np.full(number, maze.goal), np.full(number, maze.starts[0])
-    traces = script.recall_traces(model, starts, first_cells, 9, np.random.default_rng(0))
+        list(fit(model, tuples, [(1e-2, 40)], backtracking_batch_size=64))
+    traces = unrolled(model, np.full(number, maze.goal), maze.starts[0], 9)
     counts = Counter()
     for visited, taken, in_trace in zip(*(column.T for column in traces), strict=True):
         if visited[in_trace][-1] == maze.starts[0]:
@@ -1000,17 +1052,18 @@ def test_recall_traces_from_the_goal_are_samples_from_q(recall):
     assert within_five_sigma(np.array([counts[taken] for taken in actions]), q, number)
 
 
-def rejection_samples(policy, event, number, rng):
+def rejection_samples(policy, event, number):
     """Trajectories of the policy, at most `number`, of which those with R > L are kept: their actions, and a Tuples."""
     envs = FourRoomVectorEnv(number, max_steps=HORIZON, **SETTINGS)
-    cells, _ = envs.reset(seed=0)
-    rollout, _ = script.collect_rollout(envs, cells, policy, HORIZON, rng)
+    states, _ = envs.reset(seed=0)
+    torch.manual_seed(0)
+    rollout, _ = script.collect_rollout(envs, states, policy, HORIZON)
     done = rollout.terminated | rollout.truncated
     first = np.cumsum(done, axis=0) - done == 0  # the first episode of each environment
     returns = (first * GAMMA ** np.arange(HORIZON)[:, None] * rollout.rewards).sum(axis=0)
     kept = first & (returns > threshold(event))
     actions = [tuple(rollout.actions[kept[:, i], i].tolist()) for i in np.flatnonzero(kept.any(axis=0))]
-    return actions, make_tuples(*(column[kept] for column in (rollout.cells, rollout.actions, rollout.next_cells)))
+    return actions, make_tuples(*(column[kept] for column in (rollout.states, rollout.actions, rollout.next_states)))
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -1019,7 +1072,7 @@ def test_rejection_samples_follow_the_posterior(event):
     maze, policy = FourRoomMaze(**SETTINGS), random_policy()
     number = 30_000
     actions, _, prior = event_trajectories(maze, policy, event)
-    drawn, _ = rejection_samples(policy, event, number, np.random.default_rng(0))
+    drawn, _ = rejection_samples(policy, event, number)
     counts = Counter(drawn)
     assert set(counts) <= set(actions)
     assert within_five_sigma(np.array([counts[taken] for taken in actions]), prior, number)
@@ -1040,7 +1093,7 @@ def test_maximum_likelihood_on_rejection_samples_brings_q_to_the_posterior(recal
     - The divergence exceeds its minimum by sum over s' of N(s') KL(N(., . | s') || q_phi(., . | s')), so that the
       minimum is at the ratios of counts N(s, a, s') / N(s'). What is fitted is thus Eq. (2), every *step* weighing the
       same, not every trajectory.
-    - If R > L only for shortest paths, a cell tells how many steps are left. Then the posterior, a Markov chain whose
+    - If R > L only for shortest paths, a state tells how many steps are left. Then the posterior, a Markov chain whose
       steps depend on (s, time left), is one whose steps depend on s alone, reversed as well as forward: the minimum is
       0, at q = p(tau | R > L). There the other divergence, KL(q || p(tau | R > L)) with q renormalised to the support
       of the posterior, is 0 as well: the gap between ELBO and log p(R > L) closes, Eq. (4). It may widen on the way.
@@ -1067,17 +1120,16 @@ def test_maximum_likelihood_on_rejection_samples_brings_q_to_the_posterior(recal
         q = of_length * np.exp(backward_log_prob(model, actions, states))
         forward = kl(posterior, q)
         tables = {after: joint(model, after) for after in into}
-        excess = sum(n * math.log(n / into[s] / tables[s][cell, action]) for (cell, action, s), n in counts.items())
+        excess = sum(n * math.log(n / into[s] / tables[s][state, action]) for (state, action, s), n in counts.items())
         assert forward == pytest.approx(minimum + excess, abs=1e-4)
         return forward, kl(q / q.sum(), posterior)
 
-    rng = np.random.default_rng(0)
-    _, tuples = rejection_samples(policy, event, 30_000, rng)
+    _, tuples = rejection_samples(policy, event, 30_000)
     torch.manual_seed(0)
     model = BacktrackingModel(maze, recall)
     course = [divergences(model)]
     schedule = [(1e-3, 20)] * 10 + [(3e-3, 40)] * 4 + [(5e-4, 50)]
-    for _ in fit(model, tuples, rng, schedule, recall=recall, backtracking_batch_size=512):
+    for _ in fit(model, tuples, schedule, backtracking_batch_size=512):
         course.append(divergences(model))
     forward, reverse = np.array(course).T
     assert (np.diff(forward) < 0.1).all() and (np.diff(forward[:5]) < 0).all()
@@ -1088,7 +1140,7 @@ def test_maximum_likelihood_on_rejection_samples_brings_q_to_the_posterior(recal
 
 
 def test_exact_predecessors_give_no_probability_to_avoidable_bumps():
-    """So `true` and `random` are at an infinite divergence from a posterior in which the agent bumps into walls."""
+    """So `true` and `random` are far from a posterior in which the agent bumps into walls: log q is -1e9 or less."""
     maze, policy = FourRoomMaze(**SETTINGS), random_policy()
     actions, states, _ = event_trajectories(maze, policy, "reaches the goal")
     bumps = np.array(
@@ -1100,4 +1152,4 @@ def test_exact_predecessors_give_no_probability_to_avoidable_bumps():
     assert bumps.any() and not bumps.all()
     for recall in ("true", "random"):
         log_q = backward_log_prob(BacktrackingModel(maze, recall), actions, states)
-        assert (np.isneginf(log_q) == bumps).all()
+        assert ((log_q < -0.9e9) == bumps).all() and (log_q[~bumps] > -100).all()

@@ -283,13 +283,14 @@ def test_pep_723_block_holds_all_that_the_scripts_need():
 
 
 def test_runs_have_folders_of_their_own():
-    runs = [
-        reproduce.make_run(command, seed, Args(scale=s))
-        for command in SETTINGS
-        for seed in (1, 2)
-        for s in ("smoke", "laptop")
-    ]
-    assert len({run.folder for run in runs}) == len({run.command for run in runs}) == len(runs)
+    """A setting with a budget of its own may be another setting's run at --scale smoke, where all budgets are alike."""
+    for scale in ("smoke", "laptop"):
+        runs = [reproduce.make_run(command, seed, Args(scale=scale)) for command in SETTINGS for seed in (1, 2)]
+        assert len({run.folder for run in runs}) == len({run.command for run in runs})
+        assert scale == "smoke" or len({run.folder for run in runs}) == len(runs)
+        own = reproduce.make_run(reproduce.in_maze(reproduce.NONE, 41), 1, Args(scale=scale)).command
+        assert own[own.index("--total-timesteps") + 1] == ("1000" if scale == "smoke" else "1000000")
+        assert own.count("--total-timesteps") == own.count("--eval-every") == 1
 
 
 @pytest.mark.parametrize("name", reproduce.TASKS)
@@ -572,18 +573,18 @@ def test_commands_of_a_dry_run_give_the_same_figure(tmp_path, uninterrupted):
 
 
 def test_a_run_that_fails_is_reported_and_stops_no_other(tmp_path):
-    """The commands of `learned` are refused by the script, as its traces are longer than an episode."""
+    """The commands of `learned` are refused by the script, as its maze is too small."""
     (tmp_path / "recall_a2c_fourroom.py").write_text("")
     folder = tmp_path / "run"
     folder.mkdir()
-    driver = DRIVER.replace('--recall {label}"', "--recall {label} --trace-length {1 if label == 'none' else 50}\"")
-    (folder / "broken.py").write_text(driver.replace("STEPS", SMALL))
+    driver = DRIVER.replace('--recall {label}"', "--recall {label} --size {7 if label == 'none' else 6}\"")
+    (folder / "broken.py").write_text(driver.replace("STEPS", SMALL.removeprefix("--size 7 ")))
     result = subprocess.run(
         [sys.executable, "broken.py", "--scale", "smoke"], cwd=folder, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 1
     assert "exit status 2" in result.stderr
-    assert "--trace-length must be at most 49" in result.stderr
+    assert "--size must be from 7" in result.stderr
     assert "1 of 2 runs failed" in result.stderr
     read = reproduce.read_data(folder / "results" / "smoke" / "fig2" / "data.csv")
     assert [setting.seeds for setting in read.values()] == [[1]]  # of the other setting
