@@ -3,19 +3,20 @@
 # dependencies = ["filelock==4.3.1", "gymnasium==1.4.0", "matplotlib==3.11.2", "numpy==2.4.6", "pillow==13.0.0",
 #                 "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
-"""Advantage actor-critic with prioritized experience replay in the four-room maze: the rival of recall traces.
+"""Advantage actor-critic with prioritized experience replay in the four-room maze: the baseline of recall traces.
 
 After every few updates on its own rollouts the agent learns again from past experience, drawn by priority (Goyal et
-al., ICLR 2019, section 6.2 and Table 3; Figures 3, 4 and 10). All else is as in recall_a2c_fourroom.py. Algorithm 1 of
-Schaul et al. (2016) is the loop at the end of main, and update_from_replay.
+al., ICLR 2019, section 6.2 and Table 3; Figures 3, 4 and 10). All else is as in recall_a2c_fourroom.py. "Alg. 1" and
+"Eq. (1)" are those of Schaul et al. (2016), in main, ReplayBuffer and update_from_replay; (E.3) is a section, and
+Table 3 a table, of Goyal et al.
 
     python per_a2c_fourroom.py --capture-video                # replay of high returns (self-imitation)
     python per_a2c_fourroom.py --priority td-error            # replay of surprises (Schaul et al., 2016)
     python per_a2c_fourroom.py --evaluate RUN_DIR             # play the trained agent
 
-The default 15 x 15 maze is solved after about 14 000 environment steps, with td-error after 10 000, against 44 000 of
-the plain actor-critic and 9 000 with recall traces (interquartile means of 10 seeds). A run of 100 000 steps takes
-about fifteen seconds on one core of a laptop.
+The greedy policy first solves the default 15 x 15 maze after about PERSTEPS environment steps, with td-error after
+TDSTEPS; without replay it takes NONESTEPS (interquartile means of 10 seeds). 100 000 steps take about fifteen
+seconds on one core of a laptop.
 Shapes: S states, A actions, T x E steps of a rollout in E environments, n and B any number.
 """
 
@@ -45,12 +46,12 @@ from envs.four_room import FourRoomEnv, FourRoomVectorEnv, draw_pictures, write_
 class Args:
     # run
     seed: int = 1  # seed of networks and all sampling
-    total_timesteps: int | None = None  # environment steps in all, 100 000 if not given; may grow with --resume
+    total_timesteps: int | None = None  # environment steps in total, 100 000 if not given; may grow with --resume
     run_dir: str = ""  # folder of this run; runs/<env>__<script>__<priority>__seed<seed>__<time> if not given
     resume: str = ""  # go on with the interrupted run in this folder, with its own arguments
     evaluate: str = ""  # play an episode with the trained agent in this folder
     eval_every: int = 1_000  # environment steps between evaluations of the greedy policy
-    checkpoint_every: int = 50_000  # environment steps between checkpoints; new episodes begin after each
+    checkpoint_every: int = 50_000  # environment steps between checkpoints; episodes under way are cut there
     capture_video: bool = False  # write a GIF of the greedy agent, at the end of training or with --evaluate
     # environment
     size: int = 15  # cells along each side of the maze, walls included (paper: 11, 12, 13, 14, 15, 19)
@@ -63,15 +64,15 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the critic's loss
     max_grad_norm: float = 0.5  # largest norm of the gradient of an actor-critic update
-    # prioritized replay; return: of episodes with a positive reward, by how much better than the critic expects a step
-    # went, (R - V)+ (self-imitation, Oh et al., 2018); td-error: of all episodes, by |TD error| (Schaul et al., 2016)
+    # prioritized replay; return: only episodes with a positive reward, priority (R - V)+ with R the return-to-go
+    # (self-imitation, Oh et al., 2018); td-error: all episodes, priority |TD error| (Schaul et al., 2016)
     priority: Literal["return", "td-error"] = "return"
     buffer_size: int = 100_000  # transitions in the replay buffer (E.3)
     replay_batch_size: int | None = None  # transitions per replay update, at most all in the buffer; default: Table 3
     replay_every: int = 3  # actor-critic updates per replay phase (Table 3)
     replay_updates: int = 16  # replay updates per replay phase, each with a new batch (Table 3: 1)
     priority_alpha: float | None = None  # exponent of the priorities, 0 is uniform replay; default: Table 3
-    priority_beta: float = 0.1  # exponent of the importance weights, 0 is none (Table 3)
+    priority_beta: float = 0.1  # exponent of the importance weights, 0: all are 1 (Table 3)
 
 
 TABLE_3 = {7: (200, 0.8), 13: (2000, 0.8), 15: (1000, 0.95)}  # from this size on: replay batch size, priority alpha
@@ -79,7 +80,7 @@ TABLE_3 = {7: (200, 0.8), 13: (2000, 0.8), 15: (1000, 0.95)}  # from this size o
 
 # ------------------------------------------------------------------------------------------------------ networks
 def mlp(first: nn.Module, outputs: int, activation: type[nn.Module] = nn.Tanh, gain: float = 0.01) -> nn.Sequential:
-    """Two hidden layers, the first one an embedding, which is a linear layer on one-hot inputs; orthogonal weights."""
+    """Two hidden layers, the first one an embedding (a linear layer on one-hot inputs); `gain` scales the output."""
     hidden = first.embedding_dim
     layers = [first, activation(), nn.Linear(hidden, hidden), activation(), nn.Linear(hidden, outputs)]
     for layer, scale in zip(layers[::2], (2**0.5, 2**0.5, gain), strict=True):
@@ -90,20 +91,20 @@ def mlp(first: nn.Module, outputs: int, activation: type[nn.Module] = nn.Tanh, g
 
 
 def evaluate_all_states(actor: nn.Module, critic: nn.Module) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """log pi(a | s) (S, A), V(s) (S,) and pi(a | s) of all states: so few that one pass serves a whole rollout."""
+    """log pi(a | s) (S, A) and V(s) (S,) with gradients, and pi(a | s) (S, A) without them, for all states at once."""
     states = torch.arange(actor[0].num_embeddings)
     log_probs = actor(states).log_softmax(-1)
     return log_probs, critic(states).squeeze(-1), log_probs.detach().exp().numpy()
 
 
 def sample(cumulative: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """An index (B,) for each row of cumulative probabilities (B, k): how many of them a number u (B, 1) exceeds."""
-    return (u * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)
+    """Draws an index (B,) from each row of cumulative probabilities (B, m), by uniform numbers u (B, 1) in [0, 1)."""
+    return (u * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)  # the last sum is 1 but for rounding
 
 
 # ------------------------------------------------------------------------------------------------------ buffer
 Rollout = namedtuple("Rollout", "states actions rewards next_states terminated truncated")  # arrays (T, E)
-Tuples = namedtuple("Tuples", "states actions rewards next_states terminated returns")  # of trajectories, arrays (n,)
+Tuples = namedtuple("Tuples", "states actions rewards next_states terminated returns")  # (n,); returns: to go
 
 
 class ReplayBuffer:
@@ -131,9 +132,10 @@ class ReplayBuffer:
         return ended
 
     def add_episode(self, episode: list) -> tuple[float, int]:
-        """Stores an episode over the oldest transitions (Alg. 1, line 6); for `return` only one with a positive reward.
+        """Stores an episode over the oldest transitions (Alg. 1, line 6); for `return` only if it got a reward > 0.
 
-        Its transitions get the highest priority in the buffer, 1 in an empty one. Returns its return and length.
+        New transitions get the highest priority in the buffer, or 1 if it is empty. Returns the episode's return and
+        length.
         """
         columns = list(zip(*episode, strict=True))
         rewards = columns[2]
@@ -150,13 +152,14 @@ class ReplayBuffer:
     def sample(self, batch_size: int, beta: float) -> tuple[np.ndarray, np.ndarray]:
         """Slots (B,) drawn with P(i) = p_i^alpha / sum of p^alpha, Eq. (1), and their importance weights (B,).
 
-        One slot is drawn from each of B equal shares of the cumulative sum of p^alpha. The weights are
-        w_i = (N P(i))^-beta, N the number of transitions, divided by the largest w of all in the buffer.
+        The sum of all p^alpha is cut into B equal parts, and one point is drawn uniformly in each; a slot is drawn if
+        its p^alpha covers the point. The weights are w_i = (N P(i))^-beta, N the number of transitions in the buffer,
+        divided by the largest w_i in the buffer.
         """
         powers = self.powers[: len(self)]
         cumulative = powers.cumsum()
-        shares = (np.arange(batch_size) + torch.rand(batch_size, dtype=torch.float64).numpy()) / batch_size
-        slots = np.searchsorted(cumulative[:-1], shares * cumulative[-1], side="right")
+        points = (np.arange(batch_size) + torch.rand(batch_size, dtype=torch.float64).numpy()) / batch_size
+        slots = np.searchsorted(cumulative[:-1], points * cumulative[-1], side="right")
         return slots, (powers[slots] / powers.min()) ** -beta
 
     def state_dict(self) -> dict:
@@ -171,26 +174,26 @@ class ReplayBuffer:
 
 # ------------------------------------------------------------------------------------------------------ actor-critic
 def collect_rollout(envs, states: np.ndarray, policy: np.ndarray, num_steps: int) -> tuple[Rollout, np.ndarray]:
-    """Executes the policy (S, A) for T = num_steps steps from the states (E,); returns also the states after them."""
+    """Runs the policy (S, A) for T = num_steps steps from states (E,); returns the rollout and the states after it."""
     steps, cumulative = [], policy.cumsum(axis=1)
     for u in torch.rand(num_steps, len(states), 1).numpy():
         actions = sample(cumulative[states], u)
-        next_states, rewards, terminated, truncated, infos = envs.step(actions)
-        last_states = next_states
-        if infos:  # where an episode has ended, next_states has the first state of the next one
-            last_states = np.where(infos["_final_obs"], infos["final_obs"], next_states).astype(int)
-        steps.append((states, actions, rewards, last_states, terminated, truncated))
-        states = next_states
+        observed, rewards, terminated, truncated, infos = envs.step(actions)
+        next_states = observed
+        if infos:  # where an episode has ended, the first state of the next episode is observed
+            next_states = np.where(infos["_final_obs"], infos["final_obs"], observed).astype(int)
+        steps.append((states, actions, rewards, next_states, terminated, truncated))
+        states = observed
     return Rollout(*map(np.array, zip(*steps, strict=True))), states
 
 
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
     """Advantages A_t (T, E) of a rollout, given V(s_t) and V(s_{t+1}), both (T, E) (GAE, Schulman et al., 2016).
 
-    A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t). No value follows a terminal
-    step. No A_{t+1} follows where an episode ends, be it by a time limit, nor after the last step of the rollout.
+    A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t). V(s_{t+1}) counts as 0
+    after a terminated step. A_{t+1} counts as 0 after a terminated or truncated step, and after step T.
     """
-    advantages = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values  # delta_t
+    advantages = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values  # delta_t so far
     decay = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
     for t in reversed(range(len(advantages) - 1)):
         advantages[t] += decay[t] * advantages[t + 1]
@@ -202,9 +205,9 @@ def update_actor_critic(optimizer, rollout: Rollout, log_probs, values, args: Ar
     v, next_v = (values.detach().numpy()[states] for states in (rollout.states, rollout.next_states))
     advantages = generalized_advantages(rollout, v, next_v, args.gamma, args.gae_lambda)
     states, actions = torch.from_numpy(rollout.states), torch.from_numpy(rollout.actions)
-    advantages, returns = torch.from_numpy(advantages).float(), torch.from_numpy(advantages + v).float()
+    targets, advantages = torch.from_numpy(advantages + v).float(), torch.from_numpy(advantages).float()
     policy_loss = -(advantages * log_probs[states, actions]).mean()
-    value_loss = nn.functional.mse_loss(values[states], returns)
+    value_loss = nn.functional.mse_loss(values[states], targets)
     entropy = -(log_probs.exp() * log_probs).sum(-1)[states].mean()
     optimizer.zero_grad()
     (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).backward()
@@ -216,31 +219,34 @@ def update_actor_critic(optimizer, rollout: Rollout, log_probs, values, args: Ar
 
 # ------------------------------------------------------------------------------------------------------ replay
 def update_from_replay(actor, critic, optimizer, buffer: ReplayBuffer, args: Args) -> dict[str, float]:
-    """One step of actor and critic on transitions drawn by priority, without entropy bonus (E.3); returns losses.
+    """One step of A2C on transitions drawn by priority, without entropy bonus (E.3); returns means over the batch.
 
-    Advantages are (R - V)+ for `return`, so that what went no better than the critic expects has no weight, and TD
-    errors for `td-error`. The new priority of a transition is the absolute value of its advantage.
+    The advantage A is (R - V)+ for `return`, R the return-to-go, and the TD error for `td-error`. The new priority of a
+    transition is |A| + 1e-6. With the importance weights w and V' = V before the step, the loss is the mean of
+    -w A log pi(a | s) plus vf_coef times that of w (V - (A + V'))^2. A batch is at most as large as the buffer.
     """
     # Alg. 1, lines 9 and 10: sample by priority, with importance weights
     slots, weights = buffer.sample(min(args.replay_batch_size, len(buffer)), args.priority_beta)
     tuples = Tuples(*(column[slots] for column in buffer.tuples))
     log_probs, values, _ = evaluate_all_states(actor, critic)
     v, next_v = (values.detach().numpy()[states] for states in (tuples.states, tuples.next_states))
-    advantages = np.maximum(tuples.returns - v, 0)  # (R - V)+
-    if args.priority == "td-error":  # Alg. 1, line 11
-        advantages = tuples.rewards + args.gamma * np.where(tuples.terminated, 0, next_v) - v
+    if args.priority == "return":  # Alg. 1, line 11
+        advantages = np.maximum(tuples.returns - v, 0)  # (R - V)+
+    else:
+        advantages = tuples.rewards + args.gamma * np.where(tuples.terminated, 0, next_v) - v  # TD errors
     buffer.powers[slots] = (np.abs(advantages) + 1e-6) ** buffer.alpha  # Alg. 1, line 12
     # Alg. 1, lines 13 to 15: the weighted step
     states, actions = torch.from_numpy(tuples.states), torch.from_numpy(tuples.actions)
-    weights, advantages, returns = (torch.from_numpy(a).float() for a in (weights, advantages, advantages + v))
+    columns = (weights, advantages, advantages + v)
+    weights, advantages, targets = (torch.from_numpy(column).float() for column in columns)
     policy_loss = -(weights * advantages * log_probs[states, actions]).mean()
-    value_loss = (weights * (values[states] - returns) ** 2).mean()
+    value_loss = (weights * (values[states] - targets) ** 2).mean()
     optimizer.zero_grad()
     (policy_loss + args.vf_coef * value_loss).backward()
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
     optimizer.step()
-    losses = {"policy_loss": policy_loss, "value_loss": value_loss, "advantage": advantages, "weight": weights}
-    return {f"replay/{name}": loss.mean().item() for name, loss in losses.items()}
+    logged = {"policy_loss": policy_loss, "value_loss": value_loss, "advantage": advantages, "weight": weights}
+    return {f"replay/{name}": value.mean().item() for name, value in logged.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ run
@@ -257,7 +263,7 @@ def play(env: FourRoomEnv, policy: np.ndarray, greedy: bool = True) -> tuple[flo
 
 
 RUN_NAME = "FourRoom-v0__per_a2c_fourroom__{priority}__seed{seed}"
-AT_LEAST = {"seed": 0, "size": 7}  # the least that is accepted, if it is not 1 for whole numbers and 0 for others
+AT_LEAST = {"seed": 0, "size": 7}  # smallest accepted values; all others: 1 for int, 0 for float
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "priority_alpha": 10, "priority_beta": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video")  # what an old run may be given anew
 
@@ -269,7 +275,7 @@ class UsageError(ValueError):
 def read_args(args: Args) -> Args:
     """The arguments of the run in --resume or --evaluate; of the given ones only those that may change."""
     folder = args.resume or args.evaluate
-    given = {name: value for name in MAY_CHANGE if (value := getattr(args, name)) is not None}
+    given = {name: value for name in MAY_CHANGE if (value := getattr(args, name))}
     try:
         return replace(Args(**json.loads(Path(folder, "args.json").read_text())), run_dir=folder, **given)
     except (OSError, TypeError, ValueError) as error:
@@ -277,9 +283,9 @@ def read_args(args: Args) -> Args:
 
 
 def check(args: Args) -> Args:
-    """The arguments of the run; raises UsageError for a number out of range, or another one than an old run had."""
+    """The arguments of the run. Raises UsageError for one that is out of range, or differs from the resumed run's."""
     run = read_args(args) if args.resume or args.evaluate else args
-    nothing_else_given = args == Args(**{name: getattr(args, name) for name in MAY_CHANGE})
+    nothing_else_given = args == Args(**{name: getattr(args, name) for name in MAY_CHANGE})  # Args(resume=...)
     for name, value in vars(run).items():
         flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
         least, most = AT_LEAST.get(name, int(type(value) is int)), AT_MOST.get(name, sys.float_info.max)
@@ -364,9 +370,9 @@ def main(args: Args) -> Path:
                     checkpoint = {name: part.state_dict() for name, part in parts.items()}
                     checkpoint |= {"rng": torch.get_rng_state(), "progress": (step, metrics)}
                     writer.flush()
-                    torch.save(checkpoint, file := io.BytesIO())
+                    torch.save(checkpoint, file := io.BytesIO())  # in memory first: torch hides that a disk is full
                     (run_dir / "checkpoint.tmp").write_bytes(file.getvalue())
-                    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")  # a kill leaves a whole one
+                    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")  # never half a file
                     envs = FourRoomVectorEnv(args.num_envs, args.size)  # afresh, as in a run that is resumed from here
                     states, _ = envs.reset(seed=args.seed + step)
                 if finished or step % args.eval_every < batch:
@@ -381,7 +387,7 @@ def main(args: Args) -> Path:
                 rollout, states = collect_rollout(envs, states, policy, args.num_steps)  # Alg. 1, line 5
                 step += batch
                 bar.update(batch)
-                rollout.truncated[-1] |= (step % args.checkpoint_every < batch) & ~rollout.terminated[-1]
+                rollout.truncated[-1] |= (step % args.checkpoint_every < batch) & ~rollout.terminated[-1]  # cut
                 if ended := buffer.add(rollout):  # Alg. 1, line 6
                     mean_return, mean_length = np.mean(ended, axis=0).tolist()
                     metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}

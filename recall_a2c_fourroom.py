@@ -6,16 +6,16 @@
 """Advantage actor-critic with recall traces in the four-room maze (Goyal et al., ICLR 2019, sections 6.1, D, F and H).
 
 A backtracking model learns which state and action may have come before a state. Unrolled backwards from states of high
-value, it imagines traces that lead there, and the policy imitates these recall traces. The maze is envs/four_room.py,
-all else is in this file; Algorithm 1 of the paper is the loop at the end of main.
+value, it imagines traces that lead to them, and the policy imitates these recall traces. Algorithm 1 of the paper is in
+main: search for "Alg. 1"; (2.1) is section 2.1 of the paper. The maze is in envs/four_room.py, all else in this file.
 
     python recall_a2c_fourroom.py --capture-video             # exact predecessors, learned backward policy (6.1)
     python recall_a2c_fourroom.py --recall none               # the plain actor-critic
     python recall_a2c_fourroom.py --evaluate RUN_DIR          # play the trained agent
 
-The default 15 x 15 maze is solved after about 9 000 environment steps, against 44 000 of the plain actor-critic
-(interquartile means of 10 seeds). A run of 100 000 steps takes about ten seconds on one core of a laptop.
-Shapes: S states, A actions, T x E steps of a rollout in E environments, N traces, n and B any number.
+The greedy policy first solves the default 15 x 15 maze after about 5 000 environment steps; without recall traces it
+takes 38 000 (interquartile means of 10 seeds). 100 000 steps take about ten seconds on one core of a laptop.
+Shapes: S states, A actions, T steps in each of E environments, N traces; n and B stand for any number.
 """
 
 import io
@@ -44,12 +44,12 @@ from envs.four_room import FourRoomEnv, FourRoomMaze, FourRoomVectorEnv, draw_pi
 class Args:
     # run
     seed: int = 1  # seed of networks and all sampling
-    total_timesteps: int | None = None  # environment steps in all, 100 000 if not given; may grow with --resume
+    total_timesteps: int | None = None  # environment steps in total, 100 000 if not given; may grow with --resume
     run_dir: str = ""  # folder of this run; runs/<env>__<script>__<recall>__seed<seed>__<time> if not given
     resume: str = ""  # go on with the interrupted run in this folder, with its own arguments
     evaluate: str = ""  # play an episode with the trained agent in this folder
     eval_every: int = 1_000  # environment steps between evaluations of the greedy policy
-    checkpoint_every: int = 50_000  # environment steps between checkpoints; new episodes begin after each
+    checkpoint_every: int = 50_000  # environment steps between checkpoints; episodes under way are cut there
     capture_video: bool = False  # write a GIF of the greedy agent, at the end of training or with --evaluate
     # environment
     size: int = 15  # cells along each side of the maze, walls included (paper: 11, 12, 13, 14, 15, 19)
@@ -62,26 +62,26 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the critic's loss
     max_grad_norm: float = 0.5  # largest norm of the gradient of an actor-critic update
-    # recall traces; none: plain actor-critic; true: exact predecessors, learned backward policy (6.1); learned: both
-    # learned (Eq. 2); random: exact predecessors, uniform backward policy (App. F)
+    # recall traces; none: no traces; true: learned actions, exact predecessors (6.1); learned: learned actions, learned
+    # predecessors (Eq. 2); random: uniformly drawn actions, exact predecessors (App. F)
     recall: Literal["none", "true", "learned", "random"] = "true"
-    # where traces start: states of high reward (2.1), the state of highest V(s) in B (Alg. 2), or the known goal (4)
+    # where traces start: next states of rewards > 0 (2.1), the buffer's state of highest V(s) (Alg. 2), the goal (4)
     start_states: Literal["reward", "value", "goal"] = "reward"
     num_traces: int = 32  # N, recall traces per imitation update
-    trace_length: int | None = None  # longest trace in steps, 2 * size if not given; it ends where episodes begin
+    trace_length: int | None = None  # most steps of a trace, 2 * size if not given; it may end earlier
     recall_every: int = 1  # actor-critic updates per recall phase (App. H, Fig. 17)
     recall_updates: int = 2  # imitation updates per recall phase, each with new traces (App. H, Fig. 18)
     backtracking_updates: int = 2  # backtracking model updates per recall phase
     backtracking_batch_size: int = 128  # (state, action, next state) tuples per backtracking model update
     backtracking_lr: float = 1e-2  # step size of Adam for the backtracking model (beta in Alg. 1)
-    imitation_lr: float = 1e-2  # step size of Adam for the imitation of traces (in Alg. 1 the policy's own, alpha)
-    top_trajectories: int = 10  # k_traj, trajectories with the highest return that are kept in the buffer B
-    top_fraction: float = 1.0  # k, share of their tuples, those of highest return-to-go, that are learned from
+    imitation_lr: float = 1e-2  # step size of Adam for the imitation of traces (Alg. 1 uses alpha here, too)
+    top_trajectories: int = 10  # k_traj, how many trajectories the buffer keeps, those of highest return
+    top_fraction: float = 1.0  # k, share of the buffer's tuples that is used, those of highest return-to-go
 
 
 # ------------------------------------------------------------------------------------------------------ networks
 def mlp(first: nn.Module, outputs: int, activation: type[nn.Module] = nn.Tanh, gain: float = 0.01) -> nn.Sequential:
-    """Two hidden layers, the first one an embedding, which is a linear layer on one-hot inputs; orthogonal weights."""
+    """Two hidden layers, the first one an embedding (a linear layer on one-hot inputs); `gain` scales the output."""
     hidden = first.embedding_dim
     layers = [first, activation(), nn.Linear(hidden, hidden), activation(), nn.Linear(hidden, outputs)]
     for layer, scale in zip(layers[::2], (2**0.5, 2**0.5, gain), strict=True):
@@ -92,7 +92,7 @@ def mlp(first: nn.Module, outputs: int, activation: type[nn.Module] = nn.Tanh, g
 
 
 def evaluate_all_states(actor: nn.Module, critic: nn.Module) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """log pi(a | s) (S, A), V(s) (S,) and pi(a | s) of all states: so few that one pass serves a whole rollout."""
+    """log pi(a | s) (S, A) and V(s) (S,) with gradients, and pi(a | s) (S, A) without them, for all states at once."""
     states = torch.arange(actor[0].num_embeddings)
     log_probs = actor(states).log_softmax(-1)
     return log_probs, critic(states).squeeze(-1), log_probs.detach().exp().numpy()
@@ -104,27 +104,27 @@ class BacktrackingModel(nn.Module):
     def __init__(self, maze: FourRoomMaze, recall: str):
         super().__init__()
         self.num_states, num_actions = maze.next_cell.shape
-        gain = 0.0 if recall == "random" else 0.01  # without output weights all actions are equally likely
+        gain = 0.0 if recall == "random" else 0.01  # 0: all actions get the same logit
         self.action_predictor = mlp(nn.Embedding(self.num_states, 128), num_actions, gain=gain)
         self.state_predictor = None
         if recall == "learned":
             one_hot_state_and_action = nn.EmbeddingBag(self.num_states + num_actions, 128, mode="sum")
             self.state_predictor = mlp(one_hot_state_and_action, self.num_states, nn.ReLU)
-        self.predecessors = torch.from_numpy(maze.predecessors[:, :, 0])  # (S, A), -1: none; of two, the neighbour
+        self.predecessors = torch.from_numpy(maze.predecessors[:, :, 0])  # (S, A), neighbour before bump; -1: none
 
     def action_log_probs(self, next_states: torch.Tensor) -> torch.Tensor:
-        """log q(a_t | s_{t+1}) of every action, from states (B,) to (B, A)."""
+        """log q(a_t | s_{t+1}) of every action, (B, A), for the next states (B,)."""
         logits = self.action_predictor(next_states)
-        if self.state_predictor is None:  # what cannot have led there has no probability
+        if self.state_predictor is None:  # actions without a predecessor get probability 0
             logits = logits.masked_fill(self.predecessors[next_states] == -1, -1e9)
         return logits.log_softmax(-1)
 
     def state_log_probs(self, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
-        """log q(s_t | a_t, s_{t+1}) of every state, where it is learned, from actions and states (B,) to (B, S)."""
+        """log q(s_t | a_t, s_{t+1}) of every state, (B, S), for actions and next states (B,); `learned` only."""
         return self.state_predictor(torch.stack((next_states, self.num_states + actions), dim=1)).log_softmax(-1)
 
     def log_prob(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
-        """log q(s_t, a_t | s_{t+1}), the logarithm of Eq. (1), of tuples (B,), (B,)."""
+        """log q(s_t, a_t | s_{t+1}), Eq. (1), as (B,); -1e9 where s_t is not the exact predecessor (if not learned)."""
         log_prob = self.action_log_probs(next_states).gather(1, actions.unsqueeze(1)).squeeze(1)
         if self.state_predictor is None:
             return log_prob.masked_fill(states != self.predecessors[next_states, actions], -1e9)
@@ -139,30 +139,30 @@ class BacktrackingModel(nn.Module):
 
 
 def sample(cumulative: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """An index (B,) for each row of cumulative probabilities (B, k): how many of them a number u (B, 1) exceeds."""
-    return (u * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)
+    """Draws an index (B,) from each row of cumulative probabilities (B, m), by uniform numbers u (B, 1) in [0, 1)."""
+    return (u * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)  # the last sum is 1 but for rounding
 
 
 # ------------------------------------------------------------------------------------------------------ buffer
 Rollout = namedtuple("Rollout", "states actions rewards next_states terminated truncated")  # arrays (T, E)
-Tuples = namedtuple("Tuples", "states actions rewards next_states returns")  # of trajectories, arrays (n,)
+Tuples = namedtuple("Tuples", "states actions rewards next_states returns")  # arrays (n,); returns: returns-to-go
 
 
 def cut_loops(states: list[int]) -> list[int]:
-    """The time steps of a trajectory s_0, s_1, ... that remain without its loops: of states [3, 4, 5, 4, 6], [0, 3, 4].
+    """The time steps of a trajectory's states that remain when its loops are cut out: [3, 4, 5, 4, 6] gives [0, 3, 4].
 
-    Back in a state, the trajectory forgets all steps since it left that state: they made it no more valuable.
+    When a state comes again, its earlier visit and all steps since are dropped, so only the last visit of it remains.
     """
     kept = {}  # state: time step, in the order of the trajectory
     for t, state in enumerate(states):
         while state in kept:
-            kept.popitem()
+            kept.popitem()  # the latest entry
         kept[state] = t
     return list(kept.values())
 
 
 class TrajectoryBuffer:
-    """B: the trajectories of highest return that received a positive reward, without their loops (App. C)."""
+    """B (App. C): the trajectories of highest return that got a reward > 0. We, not the paper, cut out their loops."""
 
     def __init__(self, capacity: int, num_envs: int, gamma: float):
         self.capacity, self.gamma = capacity, gamma
@@ -190,34 +190,34 @@ class TrajectoryBuffer:
         return sum(rewards), len(rewards)
 
     def most_valuable(self, fraction: float) -> Tuples:
-        """The given fraction of all tuples in B, at least one, those of highest return-to-go."""
+        """The given fraction (rounded, at least one) of all tuples in the buffer, best first, by their return-to-go."""
         steps = [step for _, trajectory in self.best for step in trajectory]
-        steps = sorted(steps, key=lambda step: -step[4])[: max(1, round(fraction * len(steps)))]
+        steps = sorted(steps, key=lambda step: -step[4])[: max(1, round(fraction * len(steps)))]  # [4]: return-to-go
         return Tuples(*map(np.array, zip(*steps, strict=True)))
 
 
 # ------------------------------------------------------------------------------------------------------ actor-critic
 def collect_rollout(envs, states: np.ndarray, policy: np.ndarray, num_steps: int) -> tuple[Rollout, np.ndarray]:
-    """Executes the policy (S, A) for T = num_steps steps from the states (E,); returns also the states after them."""
+    """Runs the policy (S, A) for T = num_steps steps from states (E,); returns the rollout and the states after it."""
     steps, cumulative = [], policy.cumsum(axis=1)
     for u in torch.rand(num_steps, len(states), 1).numpy():
         actions = sample(cumulative[states], u)
-        next_states, rewards, terminated, truncated, infos = envs.step(actions)
-        last_states = next_states
-        if infos:  # where an episode has ended, next_states has the first state of the next one
-            last_states = np.where(infos["_final_obs"], infos["final_obs"], next_states).astype(int)
-        steps.append((states, actions, rewards, last_states, terminated, truncated))
-        states = next_states
+        observed, rewards, terminated, truncated, infos = envs.step(actions)
+        next_states = observed
+        if infos:  # where an episode has ended, the first state of the next episode is observed
+            next_states = np.where(infos["_final_obs"], infos["final_obs"], observed).astype(int)
+        steps.append((states, actions, rewards, next_states, terminated, truncated))
+        states = observed
     return Rollout(*map(np.array, zip(*steps, strict=True))), states
 
 
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
     """Advantages A_t (T, E) of a rollout, given V(s_t) and V(s_{t+1}), both (T, E) (GAE, Schulman et al., 2016).
 
-    A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t). No value follows a terminal
-    step. No A_{t+1} follows where an episode ends, be it by a time limit, nor after the last step of the rollout.
+    A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t). V(s_{t+1}) counts as 0
+    after a terminated step. A_{t+1} counts as 0 after a terminated or truncated step, and after step T.
     """
-    advantages = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values  # delta_t
+    advantages = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values  # delta_t so far
     decay = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
     for t in reversed(range(len(advantages) - 1)):
         advantages[t] += decay[t] * advantages[t + 1]
@@ -229,9 +229,9 @@ def update_actor_critic(optimizer, rollout: Rollout, log_probs, values, args: Ar
     v, next_v = (values.detach().numpy()[states] for states in (rollout.states, rollout.next_states))
     advantages = generalized_advantages(rollout, v, next_v, args.gamma, args.gae_lambda)
     states, actions = torch.from_numpy(rollout.states), torch.from_numpy(rollout.actions)
-    advantages, returns = torch.from_numpy(advantages).float(), torch.from_numpy(advantages + v).float()
+    targets, advantages = torch.from_numpy(advantages + v).float(), torch.from_numpy(advantages).float()
     policy_loss = -(advantages * log_probs[states, actions]).mean()
-    value_loss = nn.functional.mse_loss(values[states], returns)
+    value_loss = nn.functional.mse_loss(values[states], targets)
     entropy = -(log_probs.exp() * log_probs).sum(-1)[states].mean()
     optimizer.zero_grad()
     (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).backward()
@@ -243,9 +243,9 @@ def update_actor_critic(optimizer, rollout: Rollout, log_probs, values, args: Ar
 
 # ------------------------------------------------------------------------------------------------------ recall traces
 def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuples, args: Args) -> dict[str, float]:
-    """One maximum likelihood step on a uniformly drawn batch of the valuable tuples (n,); returns its loss."""
-    batch = torch.randint(len(tuples.states), (args.backtracking_batch_size,)).numpy()
-    columns = tuples.states[batch], tuples.actions[batch], tuples.next_states[batch]
+    """One step on the mean of -log q of a batch of tuples, drawn with replacement; gives "recall/backtracking_loss"."""
+    indices = torch.randint(len(tuples.states), (args.backtracking_batch_size,)).numpy()
+    columns = tuples.states[indices], tuples.actions[indices], tuples.next_states[indices]
     backtracking_loss = -model.log_prob(*map(torch.from_numpy, columns)).mean()  # Eq. (2), its mean over the batch
     optimizer.zero_grad()
     backtracking_loss.backward()
@@ -254,7 +254,7 @@ def update_backtracking_model(model: BacktrackingModel, optimizer, tuples: Tuple
 
 
 def high_value_states(tuples: Tuples | None, values: np.ndarray, maze: FourRoomMaze, args: Args) -> np.ndarray:
-    """The N states in which traces start, (N,), given the valuable tuples and V(s) of every state, (S,)."""
+    """The N states in which traces start, (N,), drawn uniformly from those that args.start_states names; V(s): (S,)."""
     if args.start_states == "goal":  # known ahead of time (4)
         return np.full(args.num_traces, maze.goal)
     candidates = tuples.next_states[tuples.rewards > 0]
@@ -267,8 +267,8 @@ def high_value_states(tuples: Tuples | None, values: np.ndarray, maze: FourRoomM
 def recall_traces(model: BacktrackingModel, starts: np.ndarray, first_state: int, length: int) -> tuple:
     """Unrolls the model backwards from N high-value states `starts` (N,), each for at most `length` steps (2.1).
 
-    A step draws a_t ~ q(a_t | s_{t+1}), then s_t ~ q(s_t | a_t, s_{t+1}). A trace ends with the state in which episodes
-    begin, if it comes there. Returns states and actions (n,), first those one step before the starts, then two, ...
+    A step draws a_t ~ q(a_t | s_{t+1}), then s_t ~ q(s_t | a_t, s_{t+1}). A trace that reaches `first_state`, in which
+    episodes begin, ends there. Returns states and actions (n,): first the last steps of all traces, and so backwards.
     """
     backward_policy = model.action_log_probs(torch.arange(model.num_states)).exp().numpy().cumsum(axis=1)  # (S, A)
     steps, next_states = [], starts
@@ -277,12 +277,12 @@ def recall_traces(model: BacktrackingModel, starts: np.ndarray, first_state: int
         actions = sample(backward_policy[next_states], u)  # a_t ~ q(a_t | s_{t+1})
         states = model.sample_states(actions, next_states)  # s_t ~ q(s_t | a_t, s_{t+1})
         steps.append((states, actions))
-        next_states = states[states != first_state]
+        next_states = states[states != first_state]  # of the traces that go on
     return tuple(torch.from_numpy(np.concatenate(column)) for column in zip(*steps, strict=True))
 
 
 def imitate(actor: nn.Sequential, optimizer, states: torch.Tensor, actions: torch.Tensor) -> dict[str, float]:
-    """One step that raises log pi(a | s) of the states and actions (n,) of recall traces; returns its loss."""
+    """One step on the mean of -log pi(a | s) over all steps (n,) of the traces; gives "recall/imitation_loss"."""
     log_probs = actor(torch.arange(actor[0].num_embeddings)).log_softmax(-1)
     imitation_loss = -log_probs[states, actions].mean()  # Eq. (3), its mean over all steps of all traces
     optimizer.zero_grad()
@@ -305,7 +305,7 @@ def play(env: FourRoomEnv, policy: np.ndarray, greedy: bool = True) -> tuple[flo
 
 
 RUN_NAME = "FourRoom-v0__recall_a2c_fourroom__{recall}__seed{seed}"
-AT_LEAST = {"seed": 0, "size": 7}  # the least that is accepted, if it is not 1 for whole numbers and 0 for others
+AT_LEAST = {"seed": 0, "size": 7}  # smallest accepted values; all others: 1 for int, 0 for float
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "top_fraction": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video")  # what an old run may be given anew
 
@@ -317,7 +317,7 @@ class UsageError(ValueError):
 def read_args(args: Args) -> Args:
     """The arguments of the run in --resume or --evaluate; of the given ones only those that may change."""
     folder = args.resume or args.evaluate
-    given = {name: value for name in MAY_CHANGE if (value := getattr(args, name)) is not None}
+    given = {name: value for name in MAY_CHANGE if (value := getattr(args, name))}
     try:
         return replace(Args(**json.loads(Path(folder, "args.json").read_text())), run_dir=folder, **given)
     except (OSError, TypeError, ValueError) as error:
@@ -325,9 +325,9 @@ def read_args(args: Args) -> Args:
 
 
 def check(args: Args) -> Args:
-    """The arguments of the run; raises UsageError for a number out of range, or another one than an old run had."""
+    """The arguments of the run. Raises UsageError for one that is out of range, or differs from the resumed run's."""
     run = read_args(args) if args.resume or args.evaluate else args
-    nothing_else_given = args == Args(**{name: getattr(args, name) for name in MAY_CHANGE})
+    nothing_else_given = args == Args(**{name: getattr(args, name) for name in MAY_CHANGE})  # Args(resume=...)
     for name, value in vars(run).items():
         flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
         least, most = AT_LEAST.get(name, int(type(value) is int)), AT_MOST.get(name, sys.float_info.max)
@@ -415,9 +415,9 @@ def main(args: Args) -> Path:
                     checkpoint = {name: part.state_dict() for name, part in parts.items()}
                     checkpoint |= {"rng": torch.get_rng_state(), "progress": (step, metrics, buffer.best, traces)}
                     writer.flush()
-                    torch.save(checkpoint, file := io.BytesIO())
+                    torch.save(checkpoint, file := io.BytesIO())  # in memory first: torch hides that a disk is full
                     (run_dir / "checkpoint.tmp").write_bytes(file.getvalue())
-                    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")  # a kill leaves a whole one
+                    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")  # never half a file
                     envs = FourRoomVectorEnv(args.num_envs, args.size)  # afresh, as in a run that is resumed from here
                     states, _ = envs.reset(seed=args.seed + step)
                 if finished or step % args.eval_every < batch:
@@ -432,7 +432,7 @@ def main(args: Args) -> Path:
                 rollout, states = collect_rollout(envs, states, policy, args.num_steps)  # Alg. 1, line 4
                 step += batch
                 bar.update(batch)
-                rollout.truncated[-1] |= (step % args.checkpoint_every < batch) & ~rollout.terminated[-1]
+                rollout.truncated[-1] |= (step % args.checkpoint_every < batch) & ~rollout.terminated[-1]  # cut
                 if ended := buffer.add(rollout):  # Alg. 1, line 5
                     mean_return, mean_length = np.mean(ended, axis=0).tolist()
                     metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
@@ -440,9 +440,9 @@ def main(args: Args) -> Path:
                 may_recall = args.recall != "none" and (buffer.best or args.start_states == "goal")
                 if may_recall and step // batch % args.recall_every == 0:
                     tuples = buffer.most_valuable(args.top_fraction) if buffer.best else None
-                    for _ in range(args.backtracking_updates if tuples and args.recall != "random" else 0):
-                        # Alg. 1, lines 8 and 9: fit the model to what led to valuable states
-                        metrics |= update_backtracking_model(model, model_optimizer, tuples, args)
+                    if tuples and args.recall != "random":  # Alg. 1, lines 8 and 9: fit the model to the best tuples
+                        for _ in range(args.backtracking_updates):
+                            metrics |= update_backtracking_model(model, model_optimizer, tuples, args)
                     for _ in range(args.recall_updates):
                         starts = high_value_states(tuples, values.detach().numpy(), maze, args)  # Alg. 1, line 10
                         traces = recall_traces(model, starts, maze.starts[0], args.trace_length)  # Alg. 1, line 11

@@ -2,8 +2,8 @@
 
 The agent walks from one corner of a square maze to the opposite one through bottleneck doorways. The paper shows the
 returns of this maze (its axes run from between -4 and -1 to 3 or 5) but neither the rewards nor the doorways. We chose
-a bonus of 5 for the goal and a penalty of 0.01 a step, which give such returns, and doorways in the middle of each
-wall.
+a bonus of 5 for the goal and a penalty of 0.01 a step, which give such returns, and a doorway in the middle of
+each of the four inner walls.
 
     #########   `FourRoomMaze` holds the geometry and both dynamics as arrays: `next_cell[cell, action]` forward and
     #S..#...#   `predecessors[next_cell, action]` backward, the exact backtracking model of section 6.1.
@@ -83,10 +83,10 @@ class FourRoomMaze:
         return row * self.size + column
 
     def start_cells(self, seeds: np.ndarray, episodes: np.ndarray) -> np.ndarray:
-        """The cells in which the given episodes of environments with the given seeds start, all as uint64 arrays.
+        """The cells in which episodes start, given the seeds of their environments and their numbers, uint64 arrays.
 
-        A hash of (seed, episode), SplitMix64 (Steele et al., 2014), in place of a random stream: it is drawn for many
-        environments at once, and one environment's starts do not depend on how many run beside it.
+        They are a hash of seed and number, SplitMix64 (Steele et al., 2014), in place of a random stream. So the starts
+        of many environments are computed at once, and do not depend on how many environments there are.
         """
         bits = seeds + (episodes + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -115,12 +115,13 @@ class FourRoomMaze:
 def exact_predecessors(next_cell: np.ndarray, can_act: np.ndarray) -> np.ndarray:
     """The cells from which each action leads into each cell, (S, A, 2): the exact backtracking model of section 6.1.
 
-    next_cell: (S, A) the cell into which each action leads from each cell; can_act: (S,) bool, the cells in which the
-    agent acts, which are neither walls nor the goal, where episodes end. At most two cells lead into a cell by the same
-    action: its neighbour, which comes first, and, where the action bumps into a wall, the cell itself. The rest is -1.
+    predecessors[cell, action] are the cells in which `action` may have been taken to enter `cell`, at most two: first
+    the neighbour, if one leads there, then the cell itself, if the action bumps into a wall; missing ones are -1 at the
+    end. next_cell: (S, A) the cell that each action leads to; can_act: (S,) bool, the cells in which the agent acts,
+    neither walls nor the goal; other cells are nobody's predecessor.
     """
     predecessors = np.full((*next_cell.shape, 2), -1)
-    for bumps in (False, True):
+    for bumps in (False, True):  # moves first, so that they come before bumps
         for cell in np.flatnonzero(can_act):
             for action, after in enumerate(next_cell[cell]):
                 if (after == cell) == bumps:
@@ -134,7 +135,7 @@ class FourRoomEnv(gym.Env):
 
     Observation: the agent's cell, Discrete(size**2). Action: Discrete(4). Reward: -`step_penalty` for every step, plus
     `goal_reward` for the one that reaches the goal and so terminates the episode; `max_steps` (default size**2)
-    truncate it.
+    truncate the episode.
     """
 
     metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 10}
@@ -293,9 +294,9 @@ def draw_pairs(maze: FourRoomMaze, cells, actions, weights, title: str):
 
 
 def draw_pictures(maze: FourRoomMaze, visits, values, traces=None, replay=None) -> dict[str, Any]:
-    """What a run shows at its end: name to matplotlib Figure.
+    """The figures that a run saves at its end, by name.
 
-    visits: (n,) the cells visited in 100 episodes, without the goal (Figures 3 and 10); values: (S,) the value of each
+    visits: (n,) the cells of 100 episodes, without the last of each (Figures 3 and 10); values: (S,) the value of each
     cell; traces: cells and actions (n,) of recall traces; replay: cells, actions and weights (n,) of replay.
     """
     counts = np.bincount(visits, minlength=maze.size**2)
