@@ -407,7 +407,7 @@ FIGURES = {
         "ours",
         "Four rooms: a faster actor-critic (RMSprop 2e-3 instead of 7e-4)",
         tuple(rooms(size, STEP_SIZES) for size in (15, 19)),
-        note="A better tuned actor-critic narrows the lead of recall traces to a factor of two.",
+        note="A better tuned actor-critic narrows the lead of recall traces to a factor of three.",
     ),
     "replay-updates": PaperFigure(
         "ours",
@@ -883,7 +883,7 @@ def draw_figure(figure: PaperFigure, curves: dict[str, Curves], pictures: dict[s
         for axes in drawing.axes[len(boxes) :]:
             axes.axis("off")
         if legend:
-            columns = min(len(legend), 2 * across + 1)
+            columns = min(len(legend), int(11 * drawing.get_figwidth() // (max(map(len, legend)) + 7)))
             drawing.legend(legend.values(), legend, loc="outside upper center", ncols=columns, frameon=False)
     return drawing
 

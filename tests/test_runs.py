@@ -612,7 +612,7 @@ def test_refuses_to_go_on_with_other_arguments(name, tmp_path, finished):
     for flag in ("resume", "evaluate"):
         for field, value in (("seed", 7), ("num_envs", 3), ("run_dir", "other"), ("learning_rate", 1.0)):
             refused(name, field.replace("_", "-"), **{flag: run}, **settings(name) | {field: value})
-        refused(name, "total-timesteps", **{flag: run}, total_timesteps=0)
+        refused(name, "total-timesteps", **{flag: run}, total_timesteps=-1)
     assert contents(tmp_path) == before
 
 
