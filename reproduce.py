@@ -414,8 +414,8 @@ FIGURES = {
         "ours",
         "Four rooms: batches for each phase of prioritized replay",
         (rooms(11, REPLAY_UPDATES, until=40_000), rooms(15, REPLAY_UPDATES)),
-        note="More batches make prioritized replay faster. Recall traces are faster still, though not certainly than "
-        "16 at 15 x 15. Drawn are, at 11 x 11, the first 40 000 of 100 000 steps.",
+        note="More batches make prioritized replay faster. Recall traces are faster still. Drawn are, at 11 x 11, the "
+        "first 40 000 of 100 000 steps.",
     ),
 }
 
