@@ -1,4 +1,4 @@
-"""What the scripts for continuous control promise: see SCRIPTS. Those for four rooms: tests/test_runs.py."""
+"""What recall_trpo.py and recall_goalgan_ant.py promise: see SCRIPTS. The other scripts: tests/test_runs.py."""
 
 import ast
 import errno
@@ -52,37 +52,6 @@ FLAGS += ["evaluate", "capture-video", "device", "torch-threads"]
 RECALL = ("recall", "trace", "num-traces", "backtracking", "imitation", "top")  # what flags of the method start with
 
 SCRIPTS = {
-    "recall_sac": Script(
-        steps=1200,
-        arguments={
-            "env_id": "Reacher-v5",
-            "hidden": 16,
-            "batch_size": 16,
-            "learning_starts": 300,
-            "updates_per_step": 0.1,
-            "recall_every": 20,
-            "recall_tuples": 500,
-            "num_traces": 8,
-            "trace_length": 5,
-            "backtracking_updates": 4,
-            "backtracking_batch_size": 32,
-        },
-        refused=(
-            ("env-id", {"env_id": "CartPole-v1"}),
-            ("env-id", {"env_id": "FrozenLake-v1"}),
-            ("no-contact-forces", {"contact_forces": False}),
-            *(("temperature", {"temperature": value}) for value in (0.0, 1e-50, 1e39)),
-            ("tau", {"tau": 1.5}),
-            ("updates-per-step", {"updates_per_step": 1e300}),
-            ("buffer-size", {"buffer_size": 9}),
-            ("num-traces", {"num_traces": 10**4, "recall_updates": 10**4}),
-            ("trace-length", {"trace_length": 10**6}),
-            ("num-traces", {"env_id": "Humanoid-v5", "num_traces": 1000, "recall_updates": 1000}),
-            ("backtracking-updates", {"backtracking_updates": 10**7}),
-        ),
-        left_out=frozenset({"top-trajectories"}),
-        tags=frozenset({"recall/trace_survival", "recall/trace_advantage", "recall/trace_error_of_first_step"}),
-    ),
     "recall_trpo": Script(
         steps=2000,
         arguments={
@@ -172,7 +141,6 @@ PACKAGES = {"PIL": "pillow", "torch.utils.tensorboard": "tensorboard"}  # module
 TACIT = {"mujoco": "imageio"}  # gymnasium's MuJoCo environments import it, but gymnasium alone does not bring it
 LIMITS = ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "trace_length")
 LIMITS += ("num_traces", "recall_every", "torch_threads")  # flags that refuse 0
-LIMITS += ("buffer_size",)
 LIMITS += ("hidden", "batch_size", "recall_tuples", "num_steps", "top_trajectories", "cg_iterations")
 
 
@@ -784,7 +752,7 @@ def test_training_writes_a_video_only_when_told(name, tmp_path, finished):
         assert image.n_frames > 1
 
 
-@pytest.mark.parametrize("name", ["recall_sac", "recall_trpo"])
+@pytest.mark.parametrize("name", ["recall_trpo"])
 def test_the_camera_follows_the_agent(name, tmp_path, monkeypatch):
     """A hopper that is put 50 m further is in the picture nevertheless; it is the only thing there that is brown."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
@@ -799,7 +767,7 @@ def test_the_camera_follows_the_agent(name, tmp_path, monkeypatch):
             return found
 
     monkeypatch.setattr(script, "make_env", lambda *args, **options: Far(make_env(*args, **options)))
-    actor = script.Actor(script.Normaliser(11), 11, 3, 8) if name == "recall_trpo" else script.Actor(11, 3, 8)
+    actor = script.Actor(script.Normaliser(11), 11, 3, 8)
     script.write_video(tmp_path / "agent.gif", script.Args(env_id="Hopper-v5"), actor)
     with Image.open(tmp_path / "agent.gif") as image:
         red, _, blue = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)

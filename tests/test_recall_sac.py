@@ -1,7 +1,6 @@
 """The mathematics of recall_sac.py against torch.distributions, closed forms, enumeration and real dynamics."""
 
 import copy
-import itertools
 import json
 import math
 
@@ -10,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from PIL import Image
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 import recall_sac as script
-from recall_sac import Actor, Args, BacktrackingModel, Batch, Critic, Episodes, ReplayBuffer
+from recall_sac import Actor, Args, BacktrackingModel, Batch, Critic, ReplayBuffer
 
 torch.set_num_threads(1)
 STATE_DIM, ACTION_DIM = 3, 2
@@ -65,22 +65,23 @@ class Line(gym.Env):
         return self.state.copy(), float(action[0]), terminated, self.state[2] >= self.limit, {}
 
 
-def play_into(buffer, episodes, steps, seed=0):
-    """Random actions in all environments; returns the true transitions as rows (s, a, r, terminated, s')."""
-    rng, rows = np.random.default_rng(seed), []
-    for i, state in enumerate(episodes.states):
-        buffer.add_state(i, state)
-    for _ in range(steps):
-        for i in range(len(episodes.envs)):
-            action, state = rng.uniform(-1, 1, 2).astype(np.float32), episodes.states[i].copy()
-            next_state, reward, terminated, truncated = episodes.step(i, action)
-            buffer.add_step(i, action, reward, terminated, next_state)
-            rows.append(np.concatenate((state, action, [reward, terminated], next_state)).astype(np.float32))
-            if terminated or truncated:
-                episodes.next_episode(i)
-                buffer.next_row(i)
-                buffer.add_state(i, episodes.states[i])
-    return np.array(rows)
+def random_transitions(count, seed=0):
+    """Of a Line with random actions, in the order of Batch: arrays (count, ...), without the resets."""
+    env, rng, rows = Line(), np.random.default_rng(seed), []
+    state, _ = env.reset(seed=seed)
+    while len(rows) < count:
+        action = rng.uniform(-1, 1, 2).astype(np.float32)
+        next_state, reward, terminated, truncated, _ = env.step(action)
+        rows.append((state.astype(np.float32), action, reward, terminated, next_state.astype(np.float32)))
+        state = env.reset()[0] if terminated or truncated else next_state
+    return rows
+
+
+def filled_buffer(capacity, count):
+    buffer = ReplayBuffer(capacity, 3, 2, "cpu")
+    for row in random_transitions(count):
+        buffer.add(*row)
+    return buffer
 
 
 def rows_of(batch):
@@ -99,9 +100,12 @@ def tanh_gaussian(actor, states):
 
 def test_log_prob_of_samples_against_torch_distributions():
     actor, _ = networks()
-    states, noise = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1)
+    states = randn(50, STATE_DIM)
     mean, log_std = actor(states)
-    actions, log_prob = actor.sample(states, noise)
+    torch.manual_seed(3)
+    noise = torch.randn(50, ACTION_DIM)
+    torch.manual_seed(3)
+    actions, log_prob = actor.sample(states)
     # the base density at u and the Jacobian 1 - tanh(u)^2 of each dimension, which TanhTransform sums for us
     expected = tanh_gaussian(actor, states).log_prob((mean + log_std.exp() * noise).tanh())
     torch.testing.assert_close(actions, (mean + log_std.exp() * noise).tanh())
@@ -152,7 +156,7 @@ def test_imitating_its_own_actions_leaves_the_policy_as_it_is():
     states = randn(200_000, STATE_DIM)
     with torch.no_grad():
         actor.net[-1].bias[:ACTION_DIM] += 2
-        actions = actor.sample(states, randn(200_000, ACTION_DIM, seed=1))[0].clamp(-0.98, 0.98)
+        actions = actor.sample(states)[0].clamp(-0.98, 0.98)
     right, wrong = (
         torch.autograd.grad(log_prob(actions).mean(), actor.net[-1].bias)[0].abs()
         for log_prob in (lambda a: actor.log_prob_of_clipped(states, a), tanh_gaussian(actor, states).log_prob)
@@ -173,13 +177,13 @@ def test_twin_critics_are_two_separate_networks():
     assert values.shape == (2, 5)
     for twin in range(2):
         x = torch.cat((states, actions), dim=-1)
-        for layer in critic.layers:
-            x = x @ layer.weight[twin] + layer.bias[twin]
-            x = x.relu() if layer is not critic.layers[-1] else x
+        for weight, bias in zip(critic.weights, critic.biases, strict=True):
+            x = x @ weight[twin] + bias[twin]
+            x = x.relu() if weight is not critic.weights[-1] else x
         torch.testing.assert_close(values[twin], x.squeeze(-1))
-    assert not torch.equal(critic.layers[0].weight[0], critic.layers[0].weight[1])
+    assert not torch.equal(critic.weights[0][0], critic.weights[0][1])
     bound = 1 / math.sqrt(STATE_DIM + ACTION_DIM)  # of torch's own linear layers
-    assert 0.8 * bound < critic.layers[0].weight.abs().max() <= bound
+    assert 0.8 * bound < critic.weights[0].abs().max() <= bound
 
 
 # ------------------------------------------------------------------------------------------------------ actor-critic
@@ -188,20 +192,28 @@ def test_twin_critics_are_two_separate_networks():
 class Learner:
     """Small networks, a batch and noise, and one update of theirs by plain gradient descent."""
 
-    def __init__(self, temperature=0.2):
-        (self.actor, self.critic), self.target_critic = networks(), networks(1)[1]
-        self.batch, self.noise = random_batch(), randn(2, 16, ACTION_DIM, seed=9)
-        self.log_temperature = nn.Parameter(torch.tensor(temperature).log())
+    def __init__(self, temperature=0.2, adapted=True):
+        (self.actor, self.critic), self.target_critic = networks(), networks(1)[1].requires_grad_(False)
+        self.actor.log_temperature = nn.Parameter(torch.tensor(temperature).log(), requires_grad=adapted)
+        self.batch = random_batch()
+        torch.manual_seed(9)
+        self.noise = torch.randn(16, ACTION_DIM), torch.randn(16, ACTION_DIM)  # what an update draws
 
     def update(self, **args):
-        optimizer = sgd([*self.actor.parameters(), *self.critic.parameters(), self.log_temperature])
-        nets = self.actor, self.critic, self.target_critic, self.log_temperature
-        return script.update_actor_critic(*nets, optimizer, self.batch, self.noise, Args(**args))
+        optimizer = sgd([*self.actor.parameters(), *self.critic.parameters()])
+        torch.manual_seed(9)
+        nets = self.actor, self.critic, self.target_critic
+        return script.update_actor_critic(*nets, optimizer, self.batch, Args(**args))
 
     def sample(self, states, noise):
         mean, log_std = self.actor(states)
         actions = (mean + log_std.exp() * noise).tanh()
         return actions, tanh_gaussian(self.actor, states).log_prob(actions)
+
+    def targets(self, gamma, reward_scale):
+        next_actions, log_prob = self.sample(self.batch.next_states, self.noise[0])
+        soft = self.target_critic(self.batch.next_states, next_actions).min(0)[0] - 0.2 * log_prob
+        return torch.where(self.batch.terminated == 1, 0.0, gamma * soft) + reward_scale * self.batch.rewards
 
 
 def step_along(module, loss):
@@ -219,11 +231,14 @@ def assert_near(module, weights):
 def test_critics_step_towards_the_soft_bellman_target(reward_scale):
     learner = Learner()
     batch, critic, targets_before = learner.batch, learner.critic, copies(learner.target_critic)
-    next_actions, log_prob = learner.sample(batch.next_states, learner.noise[0])
-    soft = learner.target_critic(batch.next_states, next_actions).min(0)[0] - 0.2 * log_prob
-    targets = torch.where(batch.terminated == 1, 0.0, 0.9 * soft) + reward_scale * batch.rewards
-    loss = sum(nn.functional.mse_loss(q, targets.detach()) for q in critic(batch.states, batch.actions))
+    targets = learner.targets(0.9, reward_scale).detach()
+    loss = sum(nn.functional.mse_loss(q, targets) for q in critic(batch.states, batch.actions))
     expected = step_along(critic, loss)
+    torch.manual_seed(9)
+    args = Args(gamma=0.9, reward_scale=reward_scale)
+    torch.testing.assert_close(
+        script.critic_targets(learner.actor, learner.target_critic, batch, args), targets, rtol=1e-4, atol=1e-5
+    )
     losses = learner.update(gamma=0.9, tau=0.25, reward_scale=reward_scale)
     assert float(losses["losses/value_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     assert_near(critic, expected)  # and so the actor's loss has moved none of their weights
@@ -235,211 +250,125 @@ def test_actor_steps_along_the_gradient_of_its_loss():
     learner = Learner()
     actions, log_prob = learner.sample(learner.batch.states, learner.noise[1])
     loss = (0.2 * log_prob - learner.critic(learner.batch.states, actions).min(0)[0]).mean()
-    expected = step_along(learner.actor, loss)
+    expected = step_along(learner.actor.net, loss)
     losses = learner.update()
     assert float(losses["losses/policy_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
     assert float(losses["losses/entropy"]) == pytest.approx(-float(log_prob.mean().detach()), rel=1e-4)
-    assert_near(learner.actor, expected)
+    assert_near(learner.actor.net, expected)
 
 
 def test_temperature_moves_towards_an_entropy_of_minus_one_for_each_action_dimension():
     broad, narrow = Learner(1.0), Learner(1.0)
     entropy = float(broad.update()["losses/entropy"])
-    assert broad.log_temperature.item() == pytest.approx(
+    assert broad.actor.log_temperature.item() == pytest.approx(
         -0.1 * (entropy + ACTION_DIM), rel=1e-4
     )  # d loss / d log alpha
     with torch.no_grad():
         narrow.actor.net[-1].bias[ACTION_DIM:] = -5  # a policy that is nearly deterministic
     narrow.update()
-    assert broad.log_temperature.item() < 0 < narrow.log_temperature.item()
+    assert broad.actor.log_temperature.item() < 0 < narrow.actor.log_temperature.item()
 
 
 def test_a_given_temperature_stays():
-    learner = Learner(0.2)
+    learner = Learner(0.2, adapted=False)
     assert float(learner.update(temperature=0.2)["losses/temperature"]) == pytest.approx(0.2)
-    assert float(learner.log_temperature) == pytest.approx(math.log(0.2))
+    assert float(learner.actor.log_temperature) == pytest.approx(math.log(0.2))
+    given, adapted = Actor(3, 2, 8, 0.2), Actor(3, 2, 8)
+    assert float(given.log_temperature) == pytest.approx(math.log(0.2)) and not given.log_temperature.requires_grad
+    assert adapted.log_temperature.item() == 0 and adapted.log_temperature.requires_grad
 
 
 # ------------------------------------------------------------------------------------------------------ replay buffer
 
 
-@pytest.mark.parametrize("num_envs, size, steps", [(1, 1000, 300), (1, 64, 300), (3, 90, 200), (3, 1000, 100)])
-def test_replay_buffer_holds_the_true_newest_transitions(num_envs, size, steps):
-    """Against a list of them; a row between two episodes is none, and the ring forgets the oldest first."""
-    episodes = Episodes([Line() for _ in range(num_envs)], seed=1)
-    buffer = ReplayBuffer(size, num_envs, 3, 2, "cpu")
-    true = play_into(buffer, episodes, steps)
-    held = rows_of(buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted))))
-    known = {row.tobytes(): n for n, row in enumerate(true)}
-    found = sorted(known[row.tobytes()] for row in held)
-    assert len(found) == len(set(found))
-    for i in range(num_envs):  # of each environment the newest, without a gap
-        mine = [n // num_envs for n in found if n % num_envs == i]
-        assert mine == list(range(steps - len(mine), steps))
-        assert len(mine) == steps or len(mine) > 0.7 * size / num_envs  # the last states of episodes take rows too
-    drawn = rows_of(buffer.at(torch.from_numpy(buffer.draw_rows(500, np.random.default_rng(0)))))
-    assert {row.tobytes() for row in drawn} <= {row.tobytes() for row in held}
+@pytest.mark.parametrize("capacity, count", [(1000, 300), (64, 300), (64, 64), (1, 5)])
+def test_replay_buffer_holds_the_newest_transitions(capacity, count):
+    buffer, true = filled_buffer(capacity, count), random_transitions(count)
+    held = {row.tobytes() for row in rows_of(buffer.sample(20 * capacity))}
+    newest = [np.concatenate([np.ravel(part) for part in row]).astype(np.float32) for row in true][-capacity:]
+    assert held == {row.tobytes() for row in newest}
 
 
-def test_rows_are_drawn_uniformly():
-    episodes, buffer = Episodes([Line(), Line(limit=3)], seed=1), ReplayBuffer(60, 2, 3, 2, "cpu")
-    play_into(buffer, episodes, 200)
-    rows = np.flatnonzero(buffer.acted)
-    counts = np.bincount(buffer.draw_rows(100_000, np.random.default_rng(0)), minlength=60)[rows]
-    expected = 100_000 / len(rows)
-    assert counts.sum() == 100_000
-    assert ((counts - expected) ** 2 / expected).sum() < len(rows) + 5 * math.sqrt(2 * len(rows))  # chi-square
+def test_transitions_are_drawn_uniformly():
+    buffer = filled_buffer(60, 200)
+    rows = [row.tobytes() for row in rows_of(buffer.sample(100_000))]
+    counts = np.array([rows.count(row) for row in set(rows)])
+    assert len(counts) == 60 and counts.sum() == 100_000
+    expected = 100_000 / 60
+    assert ((counts - expected) ** 2 / expected).sum() < 60 + 5 * math.sqrt(2 * 60)  # chi-square
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_distinct_rows_are_drawn_uniformly_among_those_held_out_or_not(held_out):
-    episodes, buffer = Episodes([Line()], seed=1), ReplayBuffer(5000, 1, 3, 2, "cpu")
-    play_into(buffer, episodes, 1000)
-    rows, rng = np.flatnonzero(buffer.acted), np.random.default_rng(0)
-    rows = rows[(rows // 100 % 10 == 9) == held_out]
-    draws = [buffer.draw_distinct_rows(40, rng, held_out) for _ in range(2000)]
-    assert all(len(np.unique(draw)) == 40 for draw in draws)
-    counts = np.bincount(np.concatenate(draws), minlength=5000)[rows]
-    expected = 80_000 / len(rows)
-    assert counts.sum() == 80_000
-    assert ((counts - expected) ** 2 / expected).sum() < len(rows) + 5 * math.sqrt(2 * len(rows))  # chi-square
-    assert np.array_equal(np.sort(buffer.draw_distinct_rows(10_000, rng, held_out)), rows)  # all there are
-
-
-def test_a_time_limit_is_no_terminal_state():
-    episodes, buffer = Episodes([Line()], seed=1), ReplayBuffer(1000, 1, 3, 2, "cpu")
-    play_into(buffer, episodes, 300)
-    batch = buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted)))
-    outside = batch.next_states[:, :2].abs().amax(-1) > 1
-    assert torch.equal(batch.terminated.bool(), outside)
-    assert (batch.next_states[:, 2] == 7).any() and outside.any()
-
-
-@pytest.mark.parametrize("size", [64, 1000])
-def test_a_saved_buffer_goes_on_where_it_was(size, tmp_path):
-    def play(buffer, episodes, seed):
-        rng = np.random.default_rng(seed)
-        for _ in range(100):
-            action = rng.uniform(-1, 1, 2).astype(np.float32)
-            next_state, reward, terminated, truncated = episodes.step(0, action)
-            buffer.add_step(0, action, reward, terminated, next_state)
-            if terminated or truncated:
-                episodes.next_episode(0)
-                buffer.next_row(0)
-                buffer.add_state(0, episodes.states[0])
-
-    episodes, buffer = Episodes([Line()], seed=1), ReplayBuffer(size, 1, 3, 2, "cpu")
-    play_into(buffer, episodes, 100)
-    torch.save({"buffer": buffer.state_dict(), "episodes": episodes.state_dict()}, tmp_path / "saved.pt")
-    saved = torch.load(tmp_path / "saved.pt", weights_only=True, mmap=True)
-    other, others = ReplayBuffer(size, 1, 3, 2, "cpu"), Episodes([Line()], seed=1)
-    other.load_state_dict(saved["buffer"])
-    others.load_state_dict(saved["episodes"])
-    play(buffer, episodes, 5)
-    play(other, others, 5)
-    rows = [b.draw_rows(300, np.random.default_rng(3)) for b in (buffer, other)]
-    assert np.array_equal(*rows)
-    assert np.array_equal(rows_of(buffer.at(torch.from_numpy(rows[0]))), rows_of(other.at(torch.from_numpy(rows[1]))))
+@pytest.mark.parametrize("capacity", [64, 1000])
+def test_a_saved_buffer_goes_on_where_it_was(capacity, tmp_path):
+    buffer, other = filled_buffer(capacity, 100), ReplayBuffer(capacity, 3, 2, "cpu")
+    torch.save(buffer.state_dict(), tmp_path / "saved.pt")
+    other.load_state_dict(torch.load(tmp_path / "saved.pt", weights_only=True))
+    drawn = []
+    for part in (buffer, other):
+        for row in random_transitions(30, seed=5):
+            part.add(*row)
+        torch.manual_seed(3)
+        drawn.append(rows_of(part.sample(300)))
+    assert np.array_equal(*drawn)
 
 
 def test_a_saved_buffer_is_as_small_as_what_it_holds(tmp_path):
-    episodes, buffer = Episodes([Line()], seed=1), ReplayBuffer(1_000_000, 1, 3, 2, "cpu")
-    play_into(buffer, episodes, 100)
-    torch.save(buffer.state_dict(), tmp_path / "saved.pt")
+    torch.save(filled_buffer(1_000_000, 100).state_dict(), tmp_path / "saved.pt")
     assert (tmp_path / "saved.pt").stat().st_size < 20_000
 
 
-def test_a_million_steps_of_humanoid_take_what_the_docs_say():
-    buffer = ReplayBuffer(1_000_000, 1, 348, 17, "cpu")
-    tensors = [*buffer.columns.values(), torch.from_numpy(buffer.acted)]
-    assert sum(tensor.nbytes for tensor in tensors) < 1.4 * 2**30
-    assert sum(348 in column.shape for column in buffer.columns.values()) == 1  # one copy of each state
-
-
-def test_the_backtracking_model_never_learns_from_what_is_held_out():
-    episodes, buffer = Episodes([Line(), Line()], seed=1), ReplayBuffer(10_000, 2, 3, 2, "cpu")
-    play_into(buffer, episodes, 3000)
-    actor, critic = networks(state_dim=3, action_dim=2)
-    for held_out in (False, True):
-        rows = script.high_value_states(buffer, actor, critic, Args(), np.random.default_rng(0), held_out)[2]
-        assert ((rows // 2 // 100 % 10 == 9) == held_out).all()
-    assert 0.08 < np.mean(buffer.held_out(np.arange(2 * 3000))) < 0.12
-
-
-# ------------------------------------------------------------------------------------------------------ episodes
-
-
-def test_episodes_are_played_again_from_their_seed_and_actions():
-    def steps(episodes, seed):
-        rng, seen = np.random.default_rng(seed), []
-        for i in itertools.islice(itertools.cycle(range(2)), 60):
-            _, _, terminated, truncated = outcome = episodes.step(i, rng.uniform(-1, 1, 2).astype(np.float32))
-            if terminated or truncated:
-                outcome = (*outcome, episodes.next_episode(i))
-            seen.append([*outcome[0].tolist(), *outcome[1:]])
-        return seen
-
-    episodes = Episodes([Line(), Line(limit=50)], seed=1)
-    steps(episodes, 0)
-    state = episodes.state_dict()
-    other = Episodes([Line(), Line(limit=50)], seed=1)
-    other.load_state_dict(state)
-    assert np.array_equal(episodes.states, other.states)
-    assert steps(episodes, 1) == steps(other, 1)
-
-
-def test_mujoco_is_exact_in_the_middle_of_an_episode():
-    envs = [gym.make("Hopper-v5") for _ in range(2)]
-    episodes, other = Episodes(envs[:1], seed=1), Episodes(envs[1:], seed=1)
-    actions = np.random.default_rng(0).uniform(-0.3, 0.3, (20, 3)).astype(np.float32)
-    for action in actions[:12]:
-        episodes.step(0, action)
-    other.load_state_dict(episodes.state_dict())
-    for action in actions[12:]:
-        assert np.array_equal(episodes.step(0, action)[0], other.step(0, action)[0])
-
-
-def test_every_episode_starts_elsewhere_and_every_seed_too():
-    starts = []
-    for seed in (1, 2):
-        episodes = Episodes([Line(), Line()], seed=seed)
-        for _ in range(3):
-            starts += [tuple(state) for state in episodes.states]
-            episodes.next_episode(0)
-            episodes.next_episode(1)
-    assert len(set(starts)) == 12
-
-
-def test_an_environment_that_cannot_be_played_again_is_noticed():
-    class Restless(Line):
-        def step(self, action):
-            return super().step(action + np.random.default_rng().normal())
-
-    episodes = Episodes([Restless()], seed=1)
-    episodes.step(0, np.zeros(2, dtype=np.float32))
-    with pytest.raises(ValueError, match="did something else"):
-        Episodes([Restless()], seed=1).load_state_dict(episodes.state_dict())
-
-
-def test_a_run_in_several_environments_is_resumed_exactly(tmp_path):
-    """In the middle of episodes, after the ring has wrapped around."""
-    small = {"env_id": "Reacher-v5", "num_envs": 3, "buffer_size": 300, "hidden": 16, "batch_size": 16}
-    small |= {"learning_starts": 100, "recall_every": 50, "recall_tuples": 100, "backtracking_updates": 2}
-    small |= {"eval_every": 200, "eval_episodes": 1}
-    checkpoints = []
-    for name, halves in (("whole", [900]), ("halves", [500, 900])):
-        for steps in halves:
-            arguments = {"run_dir": tmp_path / name, **small} if steps == halves[0] else {"resume": tmp_path / name}
-            script.main(Args(total_timesteps=steps, **arguments))
-        checkpoints.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True))
-    torch.use_deterministic_algorithms(False)
-    whole, halves = checkpoints
-    assert whole.pop("rngs") == halves.pop("rngs")
-    del whole["event_sizes"], halves["event_sizes"]  # the names of the event files hold the time
-    torch.testing.assert_close(halves, whole, rtol=0, atol=0)
-
-
 # ------------------------------------------------------------------------------------------------------ environments
+
+
+@pytest.fixture
+def registered():
+    """Registers an environment under a name of its own."""
+    before = dict(gym.registry)
+
+    def register(name, environment, max_episode_steps=7):
+        gym.register(name, environment, max_episode_steps=max_episode_steps)
+        return name
+
+    yield register
+    gym.registry.clear()
+    gym.registry.update(before)
+
+
+def small(env_id, **changes):
+    """Arguments of a run of a second."""
+    arguments = {"env_id": env_id, "hidden": 8, "batch_size": 8, "learning_starts": 60, "recall_tuples": 50}
+    arguments |= {
+        "recall_every": 20,
+        "recall_updates": 5,
+        "backtracking_updates": 2,
+        "num_traces": 4,
+        "trace_length": 3,
+    }
+    return Args(**arguments | {"total_timesteps": 150, "eval_episodes": 1, "eval_every": 50} | changes)
+
+
+@pytest.mark.parametrize("bounds", [(-1.57, 1.57), (0.2, 0.7), (-0.1, 1e-3), (-3e8, 5e8)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_action_lies_in_the_action_space(bounds, dtype, registered):
+    """Rounding alone would leave it: 1.57 becomes 1.5700002."""
+    seen = []
+
+    class Strict(Line):
+        action_space = gym.spaces.Box(*bounds, (2,), dtype)
+
+        def step(self, action):
+            assert self.action_space.contains(action), action
+            seen.append(action)
+            return super().step(0 * action)
+
+    env = script.make_env(Args(env_id=registered("Strict-v0", Strict, 10**6)))
+    env.reset(seed=1)
+    for number in (-1.0, 1.0, np.nextafter(np.float32(1), np.float32(0)), 0.0, 0.3):
+        env.step(np.full(2, number, dtype=np.float32))
+    space = Strict.action_space
+    width = float(space.high[0]) - float(space.low[0])
+    expected = [space.low, space.high, space.high, (space.low.astype(float) + space.high) / 2]
+    np.testing.assert_allclose(seen[:4], expected, rtol=0, atol=1e-6 * width)
 
 
 def test_actions_are_rescaled_to_the_bounds_of_the_environment():
@@ -454,38 +383,179 @@ def test_contact_forces_can_be_left_out():
     assert sizes == [(105,), (27,)]
 
 
-@pytest.mark.parametrize("env_id, word", [("CartPole-v1", "actions"), ("FrozenLake-v1", "observations")])
-def test_refuses_discrete_spaces_in_words(env_id, word, capsys):
-    with pytest.raises(SystemExit) as exit:
-        script.make_env(Args(env_id=env_id))
-    assert exit.value.code == 2
-    assert f"a vector of {word}" in capsys.readouterr().err
+def refused(args, *words):
+    """Before there is a folder, in one line that holds these words."""
+    with pytest.raises(script.UsageError) as caught:
+        script.main(args)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("bound, dtype", [(np.inf, np.float32), (1, np.int64)])
-def test_refuses_unbounded_and_whole_actions_in_words(bound, dtype, capsys):
-    class Other(Line):
-        action_space = gym.spaces.Box(-bound, bound, (2,), dtype)
+def test_refuses_what_no_run_could_work_with(registered, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad_actions = {"Infinite": (-np.inf, np.inf), "Narrow": (0.5, 0.5), "Wide": (-3.4e38, 3.4e38)}
+    for name, bounds in bad_actions.items():
+        other = type(name, (Line,), {"action_space": gym.spaces.Box(*bounds, (2,), np.float32)})
+        refused(small(registered(f"{name}-v0", other)), f"--env-id {name}-v0", "bounded, continuous actions")
+    whole = type("Whole", (Line,), {"action_space": gym.spaces.Box(-1, 1, (2,), np.int64)})
+    refused(small(registered("Whole-v0", whole)), "--env-id Whole-v0", "bounded, continuous actions")
+    for name in ("CartPole-v1", "FrozenLake-v1"):
+        refused(small(name), f"--env-id {name}", "Discrete")
+    for name in ("NoSuchMaze-v0", "no:such-v0", "nonsense v0", ""):
+        refused(small(name), "--env-id")
+    refused(small("Reacher-v5", contact_forces=False), "--no-contact-forces")
+    refused(small("Reacher-v5", device="abacus"), "--device abacus")
+    if not torch.cuda.is_available():
+        refused(small("Reacher-v5", device="cuda"), "--device cuda")
+    longer = type("Longer", (Line,), {"reset": lambda self, **_: (np.zeros(4), {})})
+    refused(small(registered("Longer-v0", longer)), "--env-id Longer-v0", "cannot reshape")
+    two = type("Two", (Line,), {"step": lambda self, action: (np.zeros(3), np.zeros(2), False, False, {})})
+    refused(small(registered("Two-v0", two)), "--env-id Two-v0")
+    assert [*tmp_path.iterdir()] == []
 
-    gym.register(f"Other{dtype.__name__}-v0", Other)
-    with pytest.raises(SystemExit) as exit:
-        script.make_env(Args(env_id=f"Other{dtype.__name__}-v0"))
-    assert exit.value.code == 2
-    assert "bounded actions that are real numbers" in capsys.readouterr().err
+
+def test_an_environment_without_time_limit_needs_one(registered, tmp_path):
+    name = registered("Endless-v0", lambda: Line(limit=10**9), None)
+    refused(small(name), "--env-id Endless-v0", "--max-episode-steps")
+    run = script.main(small(name, max_episode_steps=9, run_dir=str(tmp_path / "run")))
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert saved["buffer"]["ring"][0][:, 2].max() == 8  # the third number of a state counts the steps
 
 
-def test_plays_whole_episodes_of_the_greedy_policy():
+def test_what_an_environment_returns_need_not_be_an_array(registered, tmp_path):
+    """Observations as lists, rewards of shape (1,), ends as numpy's: the same run as with plain ones."""
+
+    class Odd(Line):
+        def reset(self, **options):
+            return super().reset(**options)[0].tolist(), {}
+
+        def step(self, action):
+            state, reward, terminated, truncated, info = super().step(action)
+            return state.tolist(), np.array([reward]), np.bool_(terminated), np.bool_(truncated), info
+
+    saved = []
+    for name, environment in (("Odd-v0", Odd), ("Plain-v0", Line)):
+        run = script.main(small(registered(name, environment), run_dir=str(tmp_path / name)))
+        saved.append(torch.load(run / "checkpoint.pt", weights_only=True))
+    assert saved[0]["progress"][3] == saved[1]["progress"][3]
+    torch.testing.assert_close(saved[0]["buffer"], saved[1]["buffer"], rtol=0, atol=0)
+    torch.testing.assert_close(saved[0]["actor"], saved[1]["actor"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frame", [None, [np.zeros((8, 8, 3), np.uint8)], "no mode"])
+def test_refuses_a_video_of_what_cannot_be_drawn(frame, registered, tmp_path):
+    class Unseen(Line):
+        metadata = {"render_modes": ["rgb_array"]}
+
+        def __init__(self, render_mode=None):
+            super().__init__()
+            self.render_mode = render_mode
+            if frame == "no mode" and render_mode:
+                raise ValueError("no drawing here")
+
+        def render(self):
+            return frame
+
+    name = registered("Unseen-v0", Unseen)
+    refused(small(name, capture_video=True, run_dir=str(tmp_path / "run")), "--capture-video")
+    assert not (tmp_path / "run").exists()
+    script.main(small(name, run_dir=str(tmp_path / "run")))
+
+
+def test_a_video_without_frames_per_second(registered, tmp_path):
+    class Drawn(Line):
+        metadata = {"render_modes": ["rgb_array"], "render_fps": None}
+
+        def __init__(self, render_mode=None):
+            super().__init__()
+            self.render_mode = render_mode
+
+        def render(self):
+            return np.full((64, 64, 3), 9 * int(self.state[2]), np.uint8)
+
+    run = script.main(small(registered("Drawn-v0", Drawn), capture_video=True, run_dir=str(tmp_path / "run")))
+    with Image.open(run / "agent.gif") as image:
+        assert image.format == "GIF" and image.n_frames > 1
+
+
+def test_an_environment_that_hides_state_is_resumed_exactly(registered, tmp_path):
+    """Its reset forgets nothing: only new objects do the same again. Stopped by an error in the middle of episodes."""
+    tired, fails = [], False  # of the environments that have made 33 steps, the sixth fails: one after a checkpoint
+
+    class Tiring(Line):
+        steps_in_all = 0
+
+        def step(self, action):
+            self.steps_in_all += 1
+            tired.extend([1] if self.steps_in_all == 33 else [])
+            if fails and len(tired) == 6:
+                raise RuntimeError("killed")
+            return super().step(action * 0.99**self.steps_in_all)
+
+    name, settings = registered("Tiring-v0", Tiring), {"num_envs": 3, "checkpoint_every": 120, "buffer_size": 100}
+    settings |= {"total_timesteps": 360, "updates_per_step": 0.5}
+    whole = script.main(small(name, run_dir=str(tmp_path / "whole"), **settings))
+    tired, fails = [], True
+    with pytest.raises(RuntimeError, match="killed"):
+        script.main(small(name, run_dir=str(tmp_path / "parts"), **settings))
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["progress"][0] == 120
+    fails = False
+    parts = script.main(Args(resume=str(tmp_path / "parts")))
+    saved = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, parts)]
+    progress = [checkpoint.pop("progress") for checkpoint in saved]
+    assert progress[0][0] == 360 and progress[0][3] == progress[1][3]
+    torch.testing.assert_close((saved[0], *progress[0][:3]), (saved[1], *progress[1][:3]), rtol=0, atol=0)
+
+
+def test_plays_whole_episodes_of_the_greedy_policy(registered):
     actor, _ = networks(state_dim=3, action_dim=2)
-    args, limits = Args(seed=5), (7, 3, 50)
-    returns, lengths = script.play([Line(limit) for limit in limits], actor, args)
-    for i, limit in enumerate(limits):
-        env = Line(limit)
-        state, total, length, done = env.reset(seed=5 + i)[0].astype(np.float32), 0.0, 0, False
+    args = Args(env_id=registered("Line-v0", Line), seed=5, eval_episodes=4)
+    returns = script.play(actor, args)
+    for i in range(4):
+        env = Line()
+        state, total, done = env.reset(seed=5 + i)[0].astype(np.float32), 0.0, False
         while not done:
-            action = actor(torch.from_numpy(state))[0].tanh().detach().numpy()
+            action = 2 * actor(torch.from_numpy(state))[0].tanh().detach().numpy()
             state, reward, terminated, truncated, _ = env.step(action)
-            state, total, length, done = state.astype(np.float32), total + reward, length + 1, terminated or truncated
-        assert (returns[i], lengths[i]) == (pytest.approx(total, rel=1e-4), length)
+            state, total, done = state.astype(np.float32), total + reward, terminated or truncated
+        assert returns[i] == pytest.approx(total, rel=1e-4)
+
+
+def test_the_camera_follows_the_agent(tmp_path, monkeypatch):
+    """A hopper that is put 50 m further is in the picture nevertheless; it is the only thing there that is brown."""
+    make_env = script.make_env
+
+    class Far(gym.Wrapper):
+        def reset(self, **options):
+            found = super().reset(**options)
+            self.unwrapped.set_state(self.unwrapped.data.qpos + 50 * np.eye(6)[0], self.unwrapped.data.qvel)
+            return found
+
+    monkeypatch.setattr(script, "make_env", lambda *args: Far(make_env(*args)))
+    script.play(Actor(11, 3, 8), Args(env_id="Hopper-v5", eval_episodes=1), tmp_path / "agent.gif")
+    with Image.open(tmp_path / "agent.gif") as image:
+        red, _, blue = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
+    assert (red - blue > 40).sum() > 300
+
+
+@pytest.mark.parametrize("env_id, length", [("Ant-v5", 50), ("HalfCheetah-v5", 20), ("Hopper-v5", 20)])
+def test_traces_are_as_long_as_in_table_2(env_id, length, tmp_path):
+    args = Args(env_id=env_id, total_timesteps=1, max_episode_steps=3, run_dir=str(tmp_path))
+    saved = json.loads((script.main(args) / "args.json").read_text())
+    assert saved["trace_length"] == length and saved["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    "faster, exact, expected", [(2.2, True, "medium"), (1.4, True, "highest"), (9, False, "highest")]
+)
+def test_products_are_as_fast_as_single_precision_can_be(faster, exact, expected, monkeypatch):
+    precision, current = torch.get_float32_matmul_precision(), torch.get_float32_matmul_precision
+    monkeypatch.setattr(script.timeit, "timeit", lambda *_, **__: 1 / faster if current() == "medium" else 1.0)
+    monkeypatch.setattr(torch, "allclose", lambda *_, **__: exact)
+    state = torch.get_rng_state()
+    assert script.fastest_precision() == expected
+    assert torch.equal(torch.get_rng_state(), state)  # it draws none of the run's random numbers
+    torch.set_float32_matmul_precision(precision)
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
@@ -545,15 +615,18 @@ def test_what_never_changes_stays_as_it_is_in_traces(value):
     states[:, 0], next_states[:, 0] = value, value  # as some of the contact forces of an ant
     model = fitted(states, batch.actions, next_states)
     assert all(part.isfinite().all() for part in model.log_prob(states, batch.actions, next_states))
-    traces = script.recall_traces(model, next_states, 5, Args(), np.random.default_rng(0))
-    torch.testing.assert_close(traces[0][..., 0], torch.full((5, 50), value), rtol=0, atol=1e-4)
+    traces, _ = script.recall_traces(model, next_states, Args(trace_length=5))
+    assert len(traces) > 50
+    torch.testing.assert_close(traces[:, 0], torch.full((len(traces),), value), rtol=0, atol=1e-4)
 
 
 def test_one_update_is_a_step_along_the_gradient_of_the_log_likelihood():
     """Eq. (2)"""
     batch = random_batch(64)
     model = fitted(batch.states, batch.actions, batch.next_states)
-    batch = Batch(*(column[[3, 3, 17, 40]] for column in batch))
+    torch.manual_seed(7)
+    rows = torch.randint(64, (5,))
+    tuples, batch = batch, Batch(*(column[rows] for column in batch))
     expected = copy.deepcopy(model)
     parts = expected.log_prob(batch.states, batch.actions, batch.next_states)
     loss = -sum(parts).mean()
@@ -561,7 +634,9 @@ def test_one_update_is_a_step_along_the_gradient_of_the_log_likelihood():
         expected.parameters(), torch.autograd.grad(loss, [*expected.parameters()]), strict=True
     ):
         weight.data -= 0.1 * gradient
-    losses = script.update_backtracking_model(model, sgd(model.parameters()), batch)
+    torch.manual_seed(7)
+    args = Args(backtracking_batch_size=5)
+    losses = script.update_backtracking_model(model, sgd(model.parameters()), tuples, args)
     assert float(losses["recall/backtracking_loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert float(losses["recall/action_nll"]) == pytest.approx(-float(parts[0].mean()), rel=1e-5)
     for weight, other in zip(model.parameters(), expected.parameters(), strict=True):
@@ -577,14 +652,12 @@ def linear():
     for action in actions:
         states.append(states[-1] @ rotation.T + action @ pushes.T)
     states, actions = torch.stack(states[20:]), torch.stack(actions[20:])
-    batch = Batch(states[:-1].flatten(0, 1), actions.flatten(0, 1), None, None, states[1:].flatten(0, 1))
-    model, rng = fitted(batch.states, batch.actions, batch.next_states), np.random.default_rng(0)
+    batch = Batch(states[:-1].flatten(0, 1), actions.flatten(0, 1), *torch.zeros(2, 39 * 64), states[1:].flatten(0, 1))
+    model = fitted(batch.states, batch.actions, batch.next_states)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 1500)  # to an end without a jolt
     for _ in range(1500):
-        rows = torch.from_numpy(rng.integers(len(batch.states), size=256))
-        columns = [None if column is None else column[rows] for column in batch]
-        script.update_backtracking_model(model, optimizer, Batch(*columns))
+        script.update_backtracking_model(model, optimizer, batch, Args())
         schedule.step()
     return rotation, pushes, batch, model
 
@@ -593,8 +666,10 @@ def test_traces_reach_back_along_a_system_with_known_linear_dynamics(linear):
     """Each imagined predecessor is M^-1 (s' - B a), and the actions of a trace lead forward to its high-value state."""
     rotation, pushes, batch, model = linear
     starts = batch.next_states[:200]
-    states, actions, in_trace = script.recall_traces(model, starts, 4, Args(state_noise=0.0), np.random.default_rng(0))
-    assert states.shape == (4, 200, 3) and actions.shape == (4, 200, 2)
+    everywhere = Args(state_noise=0.0, trace_length=4, trace_limit=1e9)  # so that every trace has four steps
+    states, actions = script.recall_traces(model, starts, everywhere)
+    states, actions = states.view(4, 200, 3), actions.view(4, 200, 2)
+    in_trace = ((states - model.state_mean).abs() <= 5 * model.state_std).all(-1).cumprod(0).bool()
     assert in_trace[0].float().mean() > 0.9
     next_states = torch.cat((starts[None], states[:-1]))
     exact = (next_states - actions @ pushes.T) @ torch.linalg.inv(rotation).T
@@ -612,14 +687,16 @@ def test_traces_reach_back_along_a_system_with_known_linear_dynamics(linear):
 def test_noise_of_a_trace_is_a_share_of_the_models_own(linear):
     _, _, batch, model = linear
     starts = batch.next_states[:1].expand(20_000, 3)
-    args, rng = Args(action_noise=0.3, state_noise=0.0), np.random.default_rng(0)
-    _, actions, _ = script.recall_traces(model, starts, 1, args, rng)
+    args = Args(action_noise=0.3, state_noise=0.0, trace_length=1, trace_limit=1e9)
+    _, actions = script.recall_traces(model, starts, args)
     mean = model.action_mean + model.action_std * model.predict_action(starts[:1])
-    inside = (mean.abs() + 4 * 0.3 * model.action_std < script.LARGEST_ACTION).squeeze(0)  # not clipped
-    assert actions.abs().max() <= script.LARGEST_ACTION
-    torch.testing.assert_close(actions[0].mean(0)[inside], mean[0][inside], atol=0.01, rtol=0.02)
-    states = script.recall_traces(model, starts, 1, Args(action_noise=0.0, state_noise=0.5), rng)[0][0]
-    action = mean.clamp(-script.LARGEST_ACTION, script.LARGEST_ACTION)
+    inside = (mean.abs() + 4 * 0.3 * model.action_std < 0.98).squeeze(0)  # not clipped
+    assert actions.abs().max() <= 0.98
+    torch.testing.assert_close(actions.mean(0)[inside], mean[0][inside], atol=0.01, rtol=0.02)
+    torch.testing.assert_close(actions.std(0)[inside], (0.3 * model.action_std)[inside], atol=0, rtol=0.05)
+    args = Args(action_noise=0.0, state_noise=0.5, trace_length=1, trace_limit=1e9)
+    states, _ = script.recall_traces(model, starts, args)
+    action = mean.clamp(-0.98, 0.98)
     change, log_std = model.predict_change(action, starts[:1])
     expected = starts[:1] + model.change_mean + model.change_std * change
     spread = 0.5 * log_std.exp() * model.change_std
@@ -627,59 +704,70 @@ def test_noise_of_a_trace_is_a_share_of_the_models_own(linear):
     torch.testing.assert_close(states.std(0), spread[0], atol=0.0, rtol=0.05)
 
 
-def test_a_trace_ends_where_it_leaves_the_data_and_its_numbers_stay_finite(linear):
+def test_a_trace_ends_where_it_leaves_the_data(linear):
+    """With a stub model that goes a known way: pairs of one step back come first, and none comes after an end."""
+
+    class Stub:
+        state_mean, state_std = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 10.0])
+
+        def sample(self, next_states, args):
+            return next_states - torch.tensor([1.0, 0.0]), next_states[:, :1] / 100
+
+    starts = torch.tensor([[3.5, 0.0], [0.5, 0.0], [2.0, 0.0], [2.0, 20.5]])  # inside: from -1 to 3, and from -20 to 20
+    states, actions = script.recall_traces(Stub(), starts, Args(trace_length=4, trace_limit=2.0))
+    expected = [2.5, -0.5, 1.0] + [1.5, 0.0] + [0.5, -1.0] + [-0.5]
+    assert states[:, 0].tolist() == expected
+    torch.testing.assert_close(actions[:, 0], (states[:, 0] + 1) / 100)  # the action that led to the next state
+    states, actions = script.recall_traces(Stub(), starts + 100, Args(trace_length=4, trace_limit=2.0))
+    assert (len(states), len(actions)) == (0, 0)
+
+
+def test_traces_of_a_wild_model_stay_finite(linear):
     _, _, batch, model = linear
     wild = copy.deepcopy(model)
     with torch.no_grad():
         for weight in wild.state_predictor.parameters():
             weight *= 1.5
-    args, rng = Args(trace_limit=2.0), np.random.default_rng(0)
-    states, actions, in_trace = script.recall_traces(wild, batch.next_states[:200], 50, args, rng)
-    inside = ((states - batch.next_states.mean(0)).abs() <= 2 * batch.next_states.std(0)).all(-1)
-    for i in range(200):
-        left = int(inside[:, i].long().argmin()) if not inside[:, i].all() else 50
-        assert in_trace[:left, i].all() and not in_trace[left:, i].any()
-    assert 0 < in_trace.float().mean() < 0.7
+    args = Args(trace_limit=2.0, trace_length=50)
+    states, actions = script.recall_traces(wild, batch.next_states[:200], args)
+    inside = ((states - batch.next_states.mean(0)).abs() <= 2.01 * batch.next_states.std(0)).all(-1)
+    assert inside.all() and 0 < len(states) < 0.7 * 200 * 50 and len(actions) == len(states)
     with torch.no_grad():
         for weight in wild.state_predictor.parameters():
-            weight *= 10
-    states, actions, _ = script.recall_traces(wild, batch.next_states[:200], 50, args, rng)
+            weight *= 1e30
+    states, actions = script.recall_traces(wild, batch.next_states[:200], args)
     assert states.isfinite().all() and actions.isfinite().all()
 
 
 def test_start_states_are_the_most_valuable_and_never_terminal():
-    episodes, buffer = Episodes([Line()], seed=1), ReplayBuffer(1000, 1, 3, 2, "cpu")
-    play_into(buffer, episodes, 500)
+    buffer = filled_buffer(1000, 500)
     actor, critic = networks(state_dim=3, action_dim=2)
-    args, rng = Args(recall_tuples=400, top_fraction=0.25), np.random.default_rng(0)
-    tuples, values, rows = script.high_value_states(buffer, actor, critic, args, rng, held_out=False)
-    drawn = buffer.at(torch.from_numpy(buffer.draw_distinct_rows(400, np.random.default_rng(0), held_out=False)))
-    value = critic(drawn.next_states, actor(drawn.next_states)[0].tanh()).min(0)[0]
-    best = sorted(value[drawn.terminated == 0].tolist(), reverse=True)[:100]
-    assert values.tolist() == pytest.approx(best)
-    torch.testing.assert_close(script.state_values(actor, critic, tuples.next_states), values)
-    assert np.array_equal(rows_of(buffer.at(torch.from_numpy(rows))), rows_of(tuples))
-    assert not tuples.terminated.any() and drawn.terminated.any()
-    everything = Args(recall_tuples=400, top_fraction=1.0)
-    tuples, values, _ = script.high_value_states(buffer, actor, critic, everything, rng, held_out=False)
-    assert len(values) == (drawn.terminated == 0).sum() and not tuples.terminated.any() and values.isfinite().all()
+    for fraction in (0.25, 1.0, 1e-9):
+        torch.manual_seed(4)
+        tuples, values = script.high_value_states(buffer, actor, critic, Args(recall_tuples=400, top_fraction=fraction))
+        torch.manual_seed(4)
+        drawn = buffer.sample(400)
+        value = critic(drawn.next_states, actor(drawn.next_states)[0].tanh()).min(0)[0]
+        best = sorted(value[drawn.terminated == 0].tolist(), reverse=True)
+        assert values.tolist() == pytest.approx(best[: math.ceil(fraction * len(best))])
+        again = critic(tuples.next_states, actor(tuples.next_states)[0].tanh()).min(0)[0]
+        torch.testing.assert_close(again, values)
+        assert not tuples.terminated.any() and drawn.terminated.any()
+        assert {row.tobytes() for row in rows_of(tuples)} <= {row.tobytes() for row in rows_of(drawn)}
 
 
 def test_imitation_raises_the_log_probability_of_the_traces():
     """Eq. (3)"""
     actor, _ = networks()
     states, actions = randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1).tanh() * 0.9
-    expected = copy.deepcopy(actor)
-    loss = -tanh_gaussian(expected, states).log_prob(actions).mean()
-    for weight, gradient in zip(
-        expected.parameters(), torch.autograd.grad(loss, [*expected.parameters()]), strict=True
-    ):
-        weight.data -= 0.01 * gradient
+    loss = -tanh_gaussian(actor, states).log_prob(actions).mean()
+    gradients = torch.autograd.grad(loss, [*actor.net.parameters()])
+    expected = [w.detach() - 0.01 * g for w, g in zip(actor.net.parameters(), gradients, strict=True)]
     before = actor.log_prob_of_clipped(states, actions).mean()
-    losses = script.imitate(actor, sgd(actor.parameters(), 0.01), states, actions)
+    losses = script.imitate(actor, sgd(actor.net.parameters(), 0.01), states, actions)
     assert float(losses["recall/imitation_loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
-    for weight, other in zip(actor.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6)
+    for weight, other in zip(actor.net.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.detach(), other, rtol=1e-4, atol=1e-6)
     assert actor.log_prob_of_clipped(states, actions).mean() > before
 
 
@@ -692,168 +780,86 @@ def test_where_no_trace_stayed_inside_the_data_the_policy_stands_still():
     assert all(torch.equal(*pair) for pair in zip(actor.parameters(), before, strict=True))
 
 
-def test_traces_are_compared_with_what_really_led_to_their_high_value_states():
-    episodes, buffer = Episodes([Line(limit=40, speed=0.03)], seed=1), ReplayBuffer(5000, 1, 3, 2, "cpu")
-    play_into(buffer, episodes, 2000)
-    actor, critic = networks(state_dim=3, action_dim=2)
-    batch = buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted)))
-    model = fitted(batch.states, batch.actions, batch.next_states)
-    args = Args(top_fraction=1.0, trace_limit=1.5)
-    compared = script.compare_traces(model, buffer, actor, critic, 6, args, np.random.default_rng(0))
-    usable = buffer.acted & (np.arange(5000) // 100 % 10 == 9)  # a way back ends where the model has learned, too
-    expected = [np.all([np.roll(usable, back) for back in range(n)], axis=0).sum() for n in range(1, 7)]
-    assert compared.known.sum(-1).tolist() == expected
-    later = torch.cat((compared.starts[None], compared.real[:-1]))
-    for step in range(6):
-        known = compared.known[step]
-        # the third number counts the steps of an episode, so it tells whether each is the predecessor of the last
-        assert torch.equal(compared.real[step, known, 2], later[step, known, 2] - 1)
-    assert compared.known[0].all() and not compared.known[-1].all()
-    assert not (compared.known[1:] & ~compared.known[:-1]).any()
-    assert not compared.in_trace[0].all()
-    errors = script.trace_errors(model, compared)
-    counted = compared.known[0] & compared.in_trace[0]
-    distance = ((compared.imagined[0] - compared.real[0]) / model.state_std).square().mean(-1).sqrt()
-    assert float(errors[0]) == pytest.approx(float(distance[counted].mean()), rel=1e-5)
-    perfect = compared._replace(imagined=compared.real, in_trace=torch.ones_like(compared.in_trace))
-    assert script.trace_errors(model, perfect).nan_to_num().abs().max() == 0  # nan: none known
+def test_what_the_training_loop_remembers_learns_from_and_recalls(tmp_path, monkeypatch, registered):
+    """B holds what happened, the model gets the most valuable tuples, and traces start from their next states."""
+    phases, happened, add = [], [], ReplayBuffer.add
 
+    def recorded_add(buffer, *transition):
+        happened.append(np.concatenate([np.ravel(part) for part in transition]).astype(np.float32))
+        add(buffer, *transition)
 
-def test_traces_are_drawn_in_the_plane_in_which_the_real_ones_vary_most():
-    """Wherever they are: three numbers with deviations of 1, 3 and 2, of which the first is far from the mean."""
-    real = randn(4, 50, 3) * torch.tensor([1.0, 3.0, 2.0]) + torch.tensor([100.0, 0.0, 0.0])
-    model, there = BacktrackingModel(3, 2), torch.ones(4, 50, dtype=torch.bool)
-    figure = script.draw_traces(model, script.Comparison(real[0], real, there, real, real, there))
-    drawn = np.concatenate([line.get_xydata() for line in figure.axes[0].lines if line.get_color() == "k"])
-    deviations = real[:, :8].reshape(-1, 3).std(0)
-    assert drawn.std(0) == pytest.approx([float(deviations[1]), float(deviations[2])], rel=0.15)
+    def recorded_tuples(*args, high_value_states=script.high_value_states):
+        tuples, values = high_value_states(*args)
+        phases.append({"tuples": tuples, "values": values, "starts": [], "fits": 0})
+        return tuples, values
 
+    def recorded_fit(model, optimizer, tuples, args, fit=script.update_backtracking_model):
+        assert tuples is phases[-1]["tuples"]
+        phases[-1]["fits"] += 1
+        return fit(model, optimizer, tuples, args)
 
-def test_advantages_are_what_an_action_gains_over_the_greedy_one():
-    (actor, critic), states, actions = networks(), randn(50, STATE_DIM), randn(50, ACTION_DIM, seed=1).tanh()
-    with torch.no_grad():
-        greedy = actor(states)[0].tanh()
-        expected = critic(states, actions).min(0)[0] - critic(states, greedy).min(0)[0]
-    torch.testing.assert_close(script.advantages(actor, critic, states, actions), expected)
-    assert script.advantages(actor, critic, states, greedy).abs().max() < 1e-5
+    def recorded_traces(model, starts, args, recall_traces=script.recall_traces):
+        phases[-1]["starts"].append(starts)
+        torch.testing.assert_close(model.state_mean, phases[-1]["tuples"].next_states.mean(0))
+        return recall_traces(model, starts, args)
 
-
-@pytest.mark.parametrize(
-    "env_id, length", [("Ant-v5", 50), ("Humanoid-v5", 50), ("HalfCheetah-v5", 20), ("Hopper-v5", 20)]
-)
-def test_traces_are_as_long_as_in_table_2(env_id, length):
-    assert script.default_trace_length(env_id) == length
-
-
-def test_traces_are_split_into_the_pairs_of_each_imitation_update():
-    states, actions = torch.arange(24.0).view(3, 8, 1), -torch.arange(24.0).view(3, 8, 1)
-    in_trace = torch.rand(3, 8, generator=torch.Generator().manual_seed(0)) < 0.5
-    parts = script.split_traces(states, actions, in_trace, 2)
-    assert len(parts) == 4
-    for n, (some_states, some_actions) in enumerate(parts):
-        expected = [float(states[t, i]) for t in range(3) for i in (2 * n, 2 * n + 1) if in_trace[t, i]]
-        assert some_states.flatten().tolist() == expected
-        assert torch.equal(some_actions, -some_states)
-
-
-@pytest.mark.parametrize("recall_every, said", [(100, False), (101, True)])
-def test_a_run_in_which_recall_never_began_says_so(recall_every, said, tmp_path, capsys):
-    small = {"env_id": "Reacher-v5", "hidden": 8, "batch_size": 8, "eval_episodes": 1, "recall_updates": 1}
-    small |= {"total_timesteps": 200, "learning_starts": 100, "recall_every": recall_every, "backtracking_updates": 1}
-    script.main(Args(run_dir=tmp_path / "run", **small))
-    assert ("no recall phase: fewer than --recall-every updates" in capsys.readouterr().err) == said
-
-
-def test_playing_takes_no_replay_buffer_and_no_compiler(tmp_path, monkeypatch):
-    small = {"env_id": "Reacher-v5", "hidden": 8, "total_timesteps": 20, "eval_episodes": 1, "recall": "none"}
-    script.main(Args(run_dir=tmp_path / "run", buffer_size=5000, **small))
-    arguments = json.loads((tmp_path / "run" / "args.json").read_text())
-    (tmp_path / "run" / "args.json").write_text(json.dumps(arguments | {"compile": True}))
-    made, buffer = [], ReplayBuffer
-    monkeypatch.setattr(torch, "compile", None)
-    monkeypatch.setattr(script, "ReplayBuffer", lambda size, *others: made.append(size) or buffer(size, *others))
-    script.main(Args(evaluate=tmp_path / "run", eval_episodes=1))
-    assert sum(made) <= 10
-
-
-def test_refuses_to_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
-    def broken(*_, **__):
-        raise RuntimeError("no compiler\nand more lines")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(SystemExit) as exit:
-        script.main(Args(run_dir=tmp_path / "run", compile=True))
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == "error: --compile does not work here: no compiler\n"
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_the_training_loop_remembers_learns_from_and_recalls(tmp_path, monkeypatch):
-    """B holds what happened, the model gets the most valuable tuples, and traces start from the best of them."""
-    gym.register("Line-v0", lambda **_: Line(speed=0.2))
-    happened, phases, step = [], [], Episodes.step
-
-    def recorded_step(episodes, i, action):
-        state = episodes.states[i].copy()
-        next_state, reward, terminated, truncated = step(episodes, i, action)
-        happened.append(np.concatenate((state, action, [reward, terminated], next_state)).astype(np.float32))
-        return next_state, reward, terminated, truncated
-
-    def recorded_tuples(*args, held_out, high_value_states=script.high_value_states):
-        found = high_value_states(*args, held_out=held_out)
-        if not held_out:
-            phases.append({"tuples": found[0], "values": found[1], "batches": []})
-        return found
-
-    def recorded_fit(model, optimizer, batch, fit=script.update_backtracking_model):
-        phases[-1]["batches"].append(rows_of(batch))
-        return fit(model, optimizer, batch)
-
-    def recorded_traces(model, starts, *args, recall_traces=script.recall_traces):
-        if phases and "starts" not in phases[-1]:
-            phases[-1] |= {"starts": starts, "mean": model.state_mean.clone()}
-        return recall_traces(model, starts, *args)
-
-    monkeypatch.setattr(Episodes, "step", recorded_step)
+    monkeypatch.setattr(ReplayBuffer, "add", recorded_add)
     monkeypatch.setattr(script, "high_value_states", recorded_tuples)
     monkeypatch.setattr(script, "update_backtracking_model", recorded_fit)
     monkeypatch.setattr(script, "recall_traces", recorded_traces)
-    monkeypatch.setattr(script, "act", lambda actor, states, noise: torch.full((len(states), 2), 0.5))
-    small = {"env_id": "Line-v0", "hidden": 8, "batch_size": 8, "learning_starts": 300, "eval_every": 10_000}
-    small |= {"num_envs": 2, "eval_episodes": 1, "recall_every": 50, "num_traces": 5, "recall_updates": 4}
-    script.main(Args(run_dir=tmp_path / "run", total_timesteps=600, backtracking_updates=8, **small))
-    torch.use_deterministic_algorithms(False)
-
-    buffer, saved = ReplayBuffer(1_000_000, 2, 3, 2, "cpu"), torch.load(tmp_path / "run" / "checkpoint.pt")["buffer"]
-    buffer.load_state_dict(saved)
-    held = rows_of(buffer.at(torch.from_numpy(np.flatnonzero(buffer.acted))))
-    assert sorted(row.tobytes() for row in held) == sorted(row.tobytes() for row in happened)
-    actions = np.stack(happened)[:, 3:5]
-    assert (actions[:300] != 0.5).all() and (actions[300:] == 0.5).all()  # random ones, then the policy's
-    terminated = np.stack(happened)[:, 6]
-    assert 20 < terminated.sum() < 100  # the other episodes end by their time limit
+    always = np.full((2, 2), 0.5, np.float32)
+    monkeypatch.setattr(script, "act", lambda actor, states, greedy=False: always[: len(states)])
+    args = small(registered("Line-v0", lambda: Line(speed=0.1)), learning_starts=300, total_timesteps=600, num_envs=2)
+    args = script.replace(args, recall_every=50, num_traces=5, recall_updates=4, backtracking_updates=8)
+    run = script.main(script.replace(args, run_dir=str(tmp_path / "run"), checkpoint_every=240))
+    ring = Batch(*torch.load(run / "checkpoint.pt", weights_only=True)["buffer"]["ring"])
+    assert np.array_equal(rows_of(ring), happened) and len(happened) == 600
+    assert (ring.actions[:300] != 0.5).all() and (ring.actions[300:] == 0.5).all()  # random ones, then the policy's
+    outside = ring.next_states[:, :2].abs().amax(-1) > 1
+    assert (
+        torch.equal(ring.terminated.bool(), outside) and 20 < outside.sum() < 100
+    )  # a time limit is no terminal state
+    assert (ring.next_states[~outside][:, 2] == 7).any()
+    starts = ring.states[:, 2] == 0
+    going = (~starts[2:]).nonzero().squeeze(1) + 2  # of two environments in turns
+    assert torch.equal(ring.states[going], ring.next_states[going - 2])
+    ended = outside | (ring.next_states[:, 2] == 7)
+    cut = torch.isin(torch.arange(600), torch.tensor([238, 239, 478, 479]))  # where the environments are made afresh
+    assert torch.equal(starts[2:], (ended | cut)[:-2])
     assert len(phases) == 6
     for phase in phases:
-        best = phase["tuples"].next_states[:20]
-        assert torch.equal(phase["starts"].unique(dim=0), best.unique(dim=0))
-        assert not torch.equal(phase["starts"][:5], best[:5])  # the five of the first update are any of the best
-        torch.testing.assert_close(phase["mean"], phase["tuples"].next_states.mean(0))
-        assert [len(batch) for batch in phase["batches"]] == [256] * 8
-        learned = np.unique(np.concatenate(phase["batches"]), axis=0)  # all the most valuable tuples, and no others
-        assert np.array_equal(learned, np.unique(rows_of(phase["tuples"]), axis=0))
+        candidates = {state.numpy().tobytes() for state in phase["tuples"].next_states}
+        assert {state.numpy().tobytes() for state in torch.cat(phase["starts"])} <= candidates
+        assert phase["fits"] == 8 and all(len(starts) == 5 for starts in phase["starts"])
+    assert 16 <= sum(len(phase["starts"]) for phase in phases) <= 24
 
 
 @pytest.mark.parametrize("recall_every, recall_updates", [(10, 10), (10, 3), (7, 5), (10, 25)])
-def test_imitation_updates_are_spread_evenly_between_recall_phases(recall_every, recall_updates, tmp_path, monkeypatch):
+def test_imitation_updates_are_spread_evenly(recall_every, recall_updates, tmp_path, monkeypatch, registered):
     done = []  # the number of real updates before each imitation update
     real, imitate, update = [], script.imitate, script.update_actor_critic
     monkeypatch.setattr(script, "update_actor_critic", lambda *args: (real.append(1), update(*args))[1])
     monkeypatch.setattr(script, "imitate", lambda *args: (done.append(len(real)), imitate(*args))[1])
-    small = {"env_id": "Reacher-v5", "hidden": 8, "batch_size": 8, "learning_starts": 50, "recall_tuples": 100}
-    small |= {"backtracking_updates": 1, "eval_episodes": 1, "eval_every": 1000, "trace_length": 2}
-    small |= {"recall_every": recall_every, "recall_updates": recall_updates}
-    script.main(Args(run_dir=tmp_path / "run", total_timesteps=50 + 3 * recall_every - 1, **small))
-    torch.use_deterministic_algorithms(False)
+    args = small(registered("Line-v0", Line), recall_every=recall_every, recall_updates=recall_updates)
+    script.main(script.replace(args, run_dir=str(tmp_path / "run"), total_timesteps=60 + 3 * recall_every - 1))
     counts = np.bincount(done, minlength=3 * recall_every)[recall_every : 3 * recall_every]
-    assert counts.sum() == 2 * recall_updates == len(done)  # the first phase comes after recall_every real updates
+    assert counts.sum() == len(done)  # none before the first phase, which comes after recall_every real updates
     assert counts.max() - counts.min() <= 1
+    assert abs(len(done) - 2 * recall_updates) <= math.ceil(recall_updates / recall_every)
+
+
+@pytest.mark.parametrize(
+    "updates_per_step, num_envs, expected", [(1.0, 1, 40), (0.25, 1, 10), (3.0, 1, 120), (1.0, 4, 40)]
+)
+def test_updates_for_each_environment_step(updates_per_step, num_envs, expected, tmp_path, monkeypatch, registered):
+    real, update = [], script.update_actor_critic
+    monkeypatch.setattr(script, "update_actor_critic", lambda *args: (real.append(1), update(*args))[1])
+    args = small(registered("Line-v0", Line), updates_per_step=updates_per_step, num_envs=num_envs, recall="none")
+    script.main(script.replace(args, run_dir=str(tmp_path / "run"), total_timesteps=100))
+    assert len(real) == expected
+
+
+def test_a_task_of_terminal_states_only_trains(tmp_path, registered):
+    """There is no valuable state then, and no recall phase."""
+    run = script.main(small(registered("Short-v0", lambda: Line(speed=1e9)), run_dir=str(tmp_path / "run")))
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["progress"][0] == 150
