@@ -6,16 +6,16 @@
 """Trust region policy optimization with recall traces (Goyal et al., ICLR 2019, sections 6.4, B, C, E.1, F and G).
 
 A backtracking model learns which action and change of state may have come before a state. Unrolled backwards from the
-states that earned most, it imagines traces that lead there, and the policy imitates these recall traces. This file is
-all there is; Algorithm 1 of the paper is the loop at the end of main.
+states that earned most, it imagines traces that lead there, and the policy imitates these recall traces.
+This file is all there is; Algorithm 1 of the paper is the loop at the end of main.
 
     python recall_trpo.py --capture-video                     # HalfCheetah-v5
     python recall_trpo.py --recall none                       # plain trust region policy optimization
     python recall_trpo.py --evaluate RUN_DIR                  # play the trained agent
 
-A run of 500 000 steps takes two to four minutes on one core. Plain, it reaches returns of about 2 600 on HalfCheetah-v5
-and 3 000 on Hopper-v5; no gain of recall traces is certain, see docs/recall_trpo.md.
-Shapes: states (B, S), actions (B, A), T steps in each of E environments, N traces of T steps, n and B any number.
+500 000 steps take two to four minutes on one core. Plain TRPO then returns about 2 600 on HalfCheetah-v5 and 3 000 on
+Hopper-v5. No gain of recall traces is certain, see docs/recall_trpo.md.
+Shapes: states (B, S), actions (B, A), T steps in each of E environments or N traces, n and B any number.
 """
 
 import io
@@ -76,14 +76,11 @@ class Args:
     critic_lr: float = 1e-3  # step size of Adam for the critic
     critic_epochs: int = 10  # passes of the critic over each rollout
     critic_batch_size: int = 256  # states per step of the critic
-    # recall traces; none: no traces; learned: of a backtracking model (Eq. 2); random: of an untrained one (App. F);
-    # forward: a forward model of the same size, and policy gradients on the experience that it imagines (App. G)
+    # recall traces: of a learned or an untrained (App. F) backtracking model; forward: imagined experience (App. G)
     recall: Literal["none", "random", "learned", "forward"] = "learned"
-    # which states are valuable: those of highest return-to-go, or those that received the highest reward (E.1)
-    start_states: Literal["return", "reward"] = "return"
+    start_states: Literal["return", "reward"] = "return"  # valuable are next states of high return-to-go, reward (E.1)
     num_traces: int = 64  # recall traces per imitation update, each from a state of its own (the paper's N is 1)
-    # longest trace in steps; default: 10 for Hopper, 50 for Ant and Humanoid, 20 for others (Tables 1 and 2)
-    trace_length: int | None = None
+    trace_length: int | None = None  # longest trace in steps, as in Tables 1 and 2 (10, 20 or 50) if not given
     recall_every: int = 2  # iterations per recall phase, which fits the backtracking model (App. C: 5)
     recall_updates: int = 5  # imitation updates per recall phase, each with new traces
     recall_until: float = 0.1  # share of --total-timesteps after which no more traces are imitated
@@ -123,8 +120,8 @@ class Normaliser(nn.Module):
         """Adds values (n, size), by the parallel algorithm of Chan et al. (1979)."""
         share = len(values) / (self.count + len(values))
         change, var = values.mean(0) - self.mean, values.var(0, unbiased=False)
-        old_var = self.std**2 if self.count else 0.0
-        self.std.copy_(((1 - share) * old_var + share * var + share * (1 - share) * change**2).sqrt().clamp(min=1e-4))
+        var = (1 - share) * self.std**2 + share * var + share * (1 - share) * change**2
+        self.std.copy_(var.sqrt().clamp(min=1e-4))
         self.mean.copy_(self.mean + share * change)
         self.count += len(values)
 
@@ -228,38 +225,29 @@ Rollout = namedtuple("Rollout", "states actions rewards next_states terminated t
 Tuples = namedtuple("Tuples", "states actions rewards next_states values")  # tensors (n, ...); values of next_states
 
 
-class TrajectoryBuffer:
-    """B: the trajectories of the newest `capacity` environment steps whose episodes have ended."""
-
-    def __init__(self, capacity: int, num_envs: int):
-        self.capacity = capacity
-        self.episodes = []  # (return, the columns of its Tuples), the newest last
-        self.under_way = [[] for _ in range(num_envs)]  # of each environment the parts of its episode so far
-
-    def add(self, rollout: Rollout, args: Args) -> None:
-        """Adds the episodes that ended in a rollout, and drops the oldest ones beyond the capacity."""
-        for i, parts in enumerate(self.under_way):
-            ends = np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1
-            *ended, rest = zip(*(np.split(column[:, i], ends) for column in rollout), strict=True)
-            for last_part in ended:
-                episode = Rollout(*map(np.concatenate, zip(*parts, last_part, strict=True)))
-                values, actions = values_of_next_states(episode, args), episode.actions.clip(-1, 1)  # as carried out
-                columns = episode.states, actions, episode.rewards, episode.next_states, values
-                columns = [torch.from_numpy(column[~episode.terminated]) for column in columns]
-                if len(columns[0]):
-                    self.episodes.append((float(episode.rewards.sum()), columns))
-                parts.clear()
-            parts.append(rest)
-        while len(self.episodes) > 1 and sum(len(columns[0]) for _, columns in self.episodes) > self.capacity:
-            self.episodes.pop(0)
+def add_trajectories(buffer: list, under_way: list, rollout: Rollout, args: Args) -> None:
+    """Adds the episodes that ended in a rollout to B, a list of (return, columns of Tuples), and drops the oldest ones
+    when there are more than --buffer-size steps. `under_way` are the parts of each environment's episode so far."""
+    for i, parts in enumerate(under_way):
+        ends = np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1
+        *ended, rest = zip(*(np.split(column[:, i], ends) for column in rollout), strict=True)
+        for last_part in ended:
+            episode = Rollout(*map(np.concatenate, zip(*parts, last_part, strict=True)))
+            values, actions = values_of_next_states(episode, args), episode.actions.clip(-1, 1)  # as carried out
+            columns = episode.states, actions, episode.rewards, episode.next_states, values
+            columns = [torch.from_numpy(column[~episode.terminated]) for column in columns]
+            if not episode.terminated[0]:  # otherwise there is no tuple but that of a terminal state
+                buffer.append((float(episode.rewards.sum()), columns))
+            parts.clear()
+        parts.append(rest)
+    while len(buffer) > 1 and sum(len(columns[0]) for _, columns in buffer) > args.buffer_size:
+        buffer.pop(0)
 
 
 def values_of_next_states(episode: Rollout, args: Args) -> np.ndarray:
-    """How valuable the states s_{t+1} of an episode (T, ...) are: r_t, or the discounted rewards from r_{t+1} on, (T,).
-
-    An episode that was cut counts as if T steps of its mean reward followed: otherwise its last states would be the
-    most valuable wherever rewards are negative. A terminal state has no value; what is returned for it is not used.
-    """
+    """How valuable the states s_{t+1} of an episode (T, ...) are, (T,): r_t, or the discounted rewards from r_{t+1} on.
+    Where it was cut, T steps of its mean reward are taken to follow. Otherwise its last states would be the best ones
+    wherever rewards are negative. What is returned for a terminal state is not used."""
     if args.start_states == "reward":
         return episode.rewards
     later = (args.gamma ** np.arange(len(episode.rewards))).sum() * episode.rewards.mean() * ~episode.terminated[-1]
@@ -270,32 +258,31 @@ def values_of_next_states(episode: Rollout, args: Args) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------ TRPO
-@torch.no_grad()
 def act(actor: Actor, states: np.ndarray, greedy: bool = False) -> np.ndarray:
-    """Actions (B, A) of the policy in states (B, S); the environment clips them to [-1, 1]."""
-    states = torch.tensor(states, device=actor.log_std.device)  # a copy, as bits depend on where memory begins
-    policy = actor(states)
-    return (policy.mean if greedy else policy.sample()).cpu().numpy()
+    """Actions (B, A) of the policy in states (B, S), in numpy, which for few states is twice as fast as torch."""
+    log_std, _, mean, std, w1, b1, w2, b2, w3, b3 = (x.cpu().numpy() for x in actor.state_dict().values())
+    x = ((states - mean) / std).clip(-10, 10)
+    x = np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
+    return x if greedy else x + np.exp(log_std) * torch.randn(x.shape).numpy()
 
 
-def collect_rollout(envs: list, states: np.ndarray, actor: Actor, num_steps: int) -> tuple[Rollout, np.ndarray, list]:
-    """Runs the policy for T = num_steps steps from states (E, S).
-
-    Returns the rollout, the states after it, and (return, length) of all episodes that ended in it. The last next state
-    of an episode is the one in which it ended, not the first state of the next episode.
-    """
-    steps, ended = [], []
+def collect_rollout(envs: list, states: np.ndarray, actor: Actor, num_steps: int) -> tuple[Rollout, np.ndarray, dict]:
+    """Runs the policy for T = num_steps steps from states (E, S); returns the rollout, the states after it, and return
+    and length of the episode that ended last, if any did."""
+    steps, metrics = [], {}
     for _ in range(num_steps):
         actions = act(actor, states)
         outcomes = [env.step(action) for env, action in zip(envs, actions, strict=True)]
         next_states, rewards, terminated, truncated, infos = zip(*outcomes, strict=True)
-        steps.append((states, actions, np.array(rewards, np.float32), np.stack(next_states), terminated, truncated))
-        states = np.stack(next_states)
+        rewards, next_states = np.array(rewards, np.float32), np.array(next_states)
+        steps.append((states, actions, rewards, next_states, terminated, truncated))
+        states = next_states.copy()
         for i, info in enumerate(infos):
             if "episode" in info:
-                ended.append((info["episode"]["r"], info["episode"]["l"]))
+                metrics["charts/episodic_return"] = float(info["episode"]["r"])
+                metrics["charts/episodic_length"] = info["episode"]["l"]
                 states[i], _ = envs[i].reset()
-    return Rollout(*map(np.array, zip(*steps, strict=True))), states, ended
+    return Rollout(*map(np.array, zip(*steps, strict=True))), states, metrics
 
 
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
@@ -312,10 +299,8 @@ def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, 
 
 
 def kl_divergence(old: Normal, new: Normal) -> torch.Tensor:
-    """KL(old || new) of Gaussian policies in n states, means and stds (n, A), its mean over the states, ().
-
-    For one number it is log(new_std / std) + (std^2 + (mean - new_mean)^2) / (2 new_std^2) - 1/2; numbers add up.
-    """
+    """KL(old || new) of Gaussian policies in n states, their mean over the states, (). Of each of the A numbers of an
+    action it is log(new_std / std) + (std^2 + (mean - new_mean)^2) / (2 new_std^2) - 1/2; these add up."""
     squares = old.variance + (old.mean - new.mean) ** 2
     return ((new.stddev / old.stddev).log() + squares / (2 * new.variance) - 0.5).sum(-1).mean()
 
@@ -343,9 +328,8 @@ def fisher_matrix(actor: Actor, states: torch.Tensor, damping: float):
 def conjugate_gradients(product, b: torch.Tensor, iterations: int) -> torch.Tensor:
     """x with M x = b, nearly, given the function x -> M x of a positive definite matrix M (Hestenes and Stiefel, 1952).
 
-    Starts from x = 0, with the residual r = b - M x as the direction d. Each iteration adds to x the step along d that
-    makes x^T M x / 2 - b^T x least, d r^T r / (d^T M d), and turns d to the new residual plus d times the ratio of the
-    new r^T r to the last. It ends early where r^T r is at most 1e-20.
+    Starts at x = 0 with the residual r = b - M x as direction d. Each iteration goes (r^T r / d^T M d) d, to where
+    x^T M x / 2 - b^T x is least along d. The next d is the new r + (new r^T r / r^T r) d. If r is 0, it ends earlier.
     """
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = residual @ residual
@@ -370,28 +354,21 @@ def line_search(actor: Actor, step: torch.Tensor, states, actions, advantages, a
     of A pi_new(a | s) / pi_old(a | s), is larger than before. If there is none, the weights stay as they were.
     """
     old_actor, old_policy = deepcopy(actor), actor(states)
-    for weight, part in zip(actor.parameters(), step.split([w.numel() for w in actor.parameters()]), strict=True):
-        weight += part.view_as(weight)
+    steps = step.split([weight.numel() for weight in actor.parameters()])
     for i in range(args.line_search_steps):
+        for weight, old, part in zip(actor.parameters(), old_actor.parameters(), steps, strict=True):
+            weight.copy_(old + 0.8**i * part.view_as(old))
         policy = actor(states)
         ratios = (policy.log_prob(actions) - old_policy.log_prob(actions)).sum(-1).exp()
         gain, kl = (advantages * ratios).mean() - advantages.mean(), kl_divergence(old_policy, policy)
         if gain > 0 and kl <= args.max_kl:
             return {"losses/policy_loss": -gain, "losses/kl": kl, "losses/line_search_steps": i}
-        go_back(actor, old_actor)
     actor.load_state_dict(old_actor.state_dict())
     return {"losses/policy_loss": 0.0, "losses/kl": 0.0, "losses/line_search_steps": args.line_search_steps}
 
 
-def go_back(actor: Actor, old_actor: Actor) -> None:
-    """Shortens the way from the weights of `old_actor` to those of `actor` by a fifth."""
-    for weight, old_weight in zip(actor.parameters(), old_actor.parameters(), strict=True):
-        weight.lerp_(old_weight, 0.2)
-
-
 def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
-    """One natural gradient step in the trust region (Schulman et al., 2015) on states (n, S), actions (n, A) and
-    advantages (n,): x = F^-1 g for the policy gradient g, as long as x^T F x / 2 = --max-kl allows; returns losses."""
+    """One natural gradient step (Schulman et al., 2015) for states (n, S), actions (n, A) and advantages (n,)."""
     surrogate = (advantages * actor(states).log_prob(actions).sum(-1)).mean()  # whose gradient is the policy gradient
     gradient = parameters_to_vector(torch.autograd.grad(surrogate, [*actor.parameters()]))
     product = fisher_matrix(actor, states, args.cg_damping)
@@ -401,50 +378,38 @@ def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[
     return losses | {"losses/entropy": actor(states[:1]).entropy().sum().detach()}
 
 
-def update_critic(critic: Critic, optimizer, states, returns, args: Args) -> dict[str, torch.Tensor]:
-    """Regression of V(s) on the returns (n,) of states (n, S), in units of their running variance; returns its loss."""
+def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args) -> dict[str, torch.Tensor]:
+    """One iteration on a rollout: a step of the actor, then regression of V(s) on A + V_old(s); returns losses."""
+    states, actions, _, next_states = (torch.from_numpy(x).to(args.device).flatten(0, 1) for x in rollout[:4])
+    with torch.no_grad():
+        values, next_values = (critic(s).cpu().numpy().reshape(rollout.rewards.shape) for s in (states, next_states))
+    advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
+    returns, advantages = (torch.from_numpy(x).to(args.device).flatten() for x in (advantages + values, advantages))
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    losses = update_actor(actor, states, actions, advantages, args)
     critic.rescale(returns)
     states, targets = critic.normaliser(states), (returns.unsqueeze(-1) - critic.scale.mean) / critic.scale.std
     for _ in range(args.critic_epochs):
-        for rows in torch.randperm(len(states)).to(states.device).split(args.critic_batch_size):
+        for rows in torch.randperm(len(states)).to(args.device).split(args.critic_batch_size):
             value_loss = nn.functional.mse_loss(critic.net(states[rows]), targets[rows])
             optimizer.zero_grad()
             value_loss.backward()
             optimizer.step()
-    return {"losses/value_loss": value_loss.detach()}
-
-
-def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args) -> dict[str, torch.Tensor]:
-    """One iteration of trust region policy optimization on a rollout; returns losses."""
-    columns = rollout.states, rollout.actions, rollout.next_states
-    states, actions, next_states = (torch.from_numpy(x).to(args.device).flatten(0, 1) for x in columns)
-    with torch.no_grad():
-        values, next_values = (critic(s).cpu().numpy().reshape(rollout.rewards.shape) for s in (states, next_states))
-    advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
-    values, advantages = (torch.from_numpy(x).to(args.device).flatten() for x in (values, advantages))
-    returns = advantages + values
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    losses = update_actor(actor, states, actions, advantages, args)
-    losses |= update_critic(critic, optimizer, states, returns, args)
-    explained_variance = 1 - (returns - values).var() / returns.var().clamp(min=1e-8)
-    return losses | {"losses/explained_variance": explained_variance}
+    return losses | {"losses/value_loss": value_loss.detach()}
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
-def high_value_states(buffer: TrajectoryBuffer, args: Args) -> Tuples:
-    """Of the trajectories of highest return in B (k_traj) the tuples of most valuable next states (k), best first.
-
-    For a forward model they are reversed in time, s_t and s_{t+1} exchanged, with one number more in each state: r_t
-    beside what is predicted, and 0 beside what it is predicted from.
-    """
-    best = sorted(buffer.episodes, key=lambda episode: -episode[0])[: args.top_trajectories]
+def high_value_states(buffer: list, args: Args) -> Tuples:
+    """Of the trajectories of highest return in B (k_traj) the tuples of most valuable next states (k), best first. A
+    forward model gets them with s_t and s_{t+1} exchanged, and with r_t beside s_{t+1}, which it predicts."""
+    best = sorted(buffer, key=lambda episode: -episode[0])[: args.top_trajectories]
     tuples = Tuples(*map(torch.cat, zip(*(columns for _, columns in best), strict=True)))
     chosen = tuples.values.topk(math.ceil(args.top_fraction * len(tuples.values))).indices
-    states, actions, rewards, next_states, values = (column[chosen].to(args.device) for column in tuples)
+    tuples = Tuples(*(column[chosen].to(args.device) for column in tuples))
     if args.recall == "forward":
-        numbers = rewards.unsqueeze(-1)
-        states, next_states = torch.cat((next_states, numbers), -1), torch.cat((states, 0 * numbers), -1)
-    return Tuples(states, actions, rewards, next_states, values)
+        outcomes = torch.cat((tuples.next_states, tuples.rewards.unsqueeze(-1)), dim=-1)
+        return tuples._replace(states=outcomes, next_states=nn.functional.pad(tuples.states, (0, 1)))
+    return tuples
 
 
 def update_backtracking_model(model: BacktrackingModel, optimizer, tuples, args: Args) -> dict[str, torch.Tensor]:
@@ -492,33 +457,31 @@ def imitate(actor: Actor, optimizer, states, actions, inside: torch.Tensor) -> d
 
 @torch.no_grad()
 def limit_change(actor: Actor, old_actor: Actor, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
-    """Goes back until the mean KL divergence from the old policy in states (n, S) is at most --imitation-kl."""
+    """Takes back a fifth of a change, and again, until KL(old || new) in states (n, S) is at most --imitation-kl."""
     while (kl := kl_divergence(old_actor(states), actor(states))) > args.imitation_kl:
-        go_back(actor, old_actor)
+        for weight, old in zip(actor.parameters(), old_actor.parameters(), strict=True):
+            weight.lerp_(old, 0.2)
     return {"recall/imitation_kl": kl}
 
 
 @torch.no_grad()
 def forward_rollout(model: BacktrackingModel, actor: Actor, starts: torch.Tensor, args: Args) -> Rollout:
-    """What the policy would do from N states on, `starts` (N, S + 1), for T = --trace-length steps (App. G).
-
-    The model is one of tuples that are reversed in time, see `high_value_states`. A trace that leaves their range is
-    cut, as by a time limit, and begins anew.
-    """
+    """What the policy would do in T = --trace-length steps from `starts` (N, S + 1) on (App. G), by a model of tuples
+    that are reversed in time. What leaves their range is cut, as by a time limit, and begins anew."""
     steps, states = [], starts
     for _ in range(args.trace_length):
         actions = actor(states[:, :-1]).sample()
         mean, log_std = model.predict_change(actions.clamp(-LARGEST_ACTION, LARGEST_ACTION), states)
         change = mean + args.state_noise * log_std.exp() * torch.randn_like(mean)
-        *next_states, rewards = (states + model.change_mean + model.change_std * change).unbind(-1)
-        next_states = torch.stack((*next_states, 0 * rewards), dim=-1)
+        next_states = states + model.change_mean + model.change_std * change
+        rewards, next_states[:, -1] = next_states[:, -1].clone(), 0
         left = ((next_states - model.state_mean).abs() > args.trace_limit * model.state_std).any(-1)
         steps.append((states[:, :-1], actions, rewards, next_states[:, :-1], torch.zeros_like(left), left))
         states = torch.where(left.unsqueeze(-1), starts, next_states)
     return Rollout(*(torch.stack(column).cpu().numpy() for column in zip(*steps, strict=True)))
 
 
-# ------------------------------------------------------------------------------------------------------ environment
+# ------------------------------------------------------------------------------------------------------ run
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """The environment with vectors of actions from -1 to 1 and of observations in single precision."""
     if render_mode and sys.platform == "linux":
@@ -583,7 +546,6 @@ def try_out(args: Args) -> tuple[int, int]:
     return len(state), env.action_space.shape[0]
 
 
-# ------------------------------------------------------------------------------------------------------ run
 RUN_NAME = "{env_id}__recall_trpo__{recall}__seed{seed}"
 AT_LEAST = {"seed": 0, "num_steps": 2, "max_kl": 1e-37}  # the least accepted, if not 1 for whole numbers, 0 for others
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "top_fraction": 1, "recall_until": 1}
@@ -668,7 +630,7 @@ def main(args: Args) -> Path:
     actor = Actor(normaliser, state_dim, action_dim, args.hidden).to(args.device)  # Alg. 1, line 1
     critic = Critic(normaliser, state_dim, args.hidden).to(args.device)
     optimizer = torch.optim.Adam(critic.net.parameters(), lr=args.critic_lr, fused=True)
-    buffer = TrajectoryBuffer(args.buffer_size, args.num_envs)
+    buffer, under_way = [], [[] for _ in range(args.num_envs)]
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer}
     if args.recall != "none":
         model = BacktrackingModel(state_dim + (args.recall == "forward"), action_dim).to(args.device)  # Alg. 1, line 2
@@ -685,7 +647,7 @@ def main(args: Args) -> Path:
         return Path(args.evaluate)
     with open_run(args) as run_dir:
         if (run_dir / "checkpoint.pt").exists():
-            step, metrics, buffer.episodes = load_checkpoint(run_dir, parts)
+            step, metrics, buffer = load_checkpoint(run_dir, parts)
         first_step, started = step, time.time()
         bar = tqdm(total=-(-args.total_timesteps // batch) * batch, initial=step, unit=" steps", disable=None)
         with bar, SummaryWriter(run_dir, purge_step=step) as writer:
@@ -699,7 +661,7 @@ def main(args: Args) -> Path:
                             raise FloatingPointError(f"{name} is {value} at step {step}")
                 if must_save:
                     checkpoint = {name: part.state_dict() for name, part in parts.items()}
-                    checkpoint |= {"rng": torch.get_rng_state(), "progress": (step, metrics, buffer.episodes)}
+                    checkpoint |= {"rng": torch.get_rng_state(), "progress": (step, metrics, buffer)}
                     writer.flush()
                     torch.save(checkpoint, file := io.BytesIO())
                     (run_dir / "checkpoint.tmp").write_bytes(file.getbuffer())
@@ -716,31 +678,25 @@ def main(args: Args) -> Path:
                     bar.set_postfix_str(f"return {mean_return:.0f}")
                 if finished:
                     break
-                rollout, states, ended = collect_rollout(envs, states, actor, args.num_steps)  # Alg. 1, line 4
+                rollout, states, episode = collect_rollout(envs, states, actor, args.num_steps)  # Alg. 1, line 4
                 step += batch
                 bar.update(batch)
                 rollout.truncated[-1] |= (step % args.checkpoint_every < batch) & ~rollout.terminated[-1]  # cut
-                if ended:
-                    mean_return, mean_length = np.mean(ended, axis=0).tolist()
-                    metrics |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-                metrics |= update_trpo(actor, critic, optimizer, rollout, args)  # Alg. 1, lines 6 and 7
+                metrics |= episode | update_trpo(actor, critic, optimizer, rollout, args)  # Alg. 1, lines 6 and 7
                 visited = torch.from_numpy(rollout.states).to(args.device).flatten(0, 1)
                 normaliser.add(visited)  # only now, so that rollout and update have seen the same policy
                 if args.recall == "none":
                     continue
-                buffer.add(rollout, args)  # Alg. 1, line 5
-                too_late = step > args.recall_until * args.total_timesteps
-                if too_late or step // batch % args.recall_every or not buffer.episodes:
+                add_trajectories(buffer, under_way, rollout, args)  # Alg. 1, line 5
+                if step > args.recall_until * args.total_timesteps or not buffer or step // batch % args.recall_every:
                     continue
                 tuples = high_value_states(buffer, args)  # Alg. 1, line 8
                 model.normalise_by(tuples)
                 for _ in range(args.backtracking_updates if args.recall != "random" else 0):  # Alg. 1, line 9
                     metrics |= update_backtracking_model(model, model_optimizer, tuples, args)
-                # Alg. 1, line 10: the most valuable states, as many as there are traces, if there are so many
-                rows = torch.randperm(args.num_traces * args.recall_updates) % len(tuples.values)
+                rows = torch.randperm(args.num_traces * args.recall_updates) % len(tuples.values)  # Alg. 1, line 10
                 metrics["recall/start_value"], old_actor = tuples.values[rows].mean(), deepcopy(actor)
-                for some in rows.split(args.num_traces):
-                    starts = tuples.next_states[some]
+                for starts in tuples.next_states[rows].split(args.num_traces):
                     if args.recall == "forward":
                         update_trpo(actor, critic, optimizer, forward_rollout(model, actor, starts, args), args)
                         continue
