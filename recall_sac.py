@@ -302,32 +302,33 @@ def update_backtracking_model(model: BacktrackingModel, optimizer, tuples, args:
 
 
 @torch.no_grad()
-def recall_traces(model: BacktrackingModel, starts: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unrolls the model backwards from N high-value states `starts` (N, S), each for at most --trace-length steps.
+def recall_traces(model: BacktrackingModel, starts: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
+    """Unrolls the model backwards from N high-value states `starts` (N, S), for T = --trace-length steps.
 
     A step draws a_t ~ q(a_t | s_{t+1}), then ds_t ~ q(ds_t | a_t, s_{t+1}); s_t = s_{t+1} + ds_t. A trace ends where
     s_t is further than --trace-limit standard deviations from the mean of the tuples that the model has learned from.
-    Returns states (n, S) and actions (n, A), first those one step before the starts, then two, ...
+    Returns states (T, N, S) and actions (T, N, A), those one step before the starts first, and which of them belong to
+    a trace that has not ended, (T, N).
     """
-    states, actions, next_states = [], [], starts
+    states, actions, inside, next_states = [], [], [], starts
     for _ in range(args.trace_length):
-        before, action = model.sample(next_states, args)
-        inside = ((before - model.state_mean).abs() <= args.trace_limit * model.state_std).all(-1)
-        next_states = before[inside]
+        next_states, action = model.sample(next_states, args)
         states.append(next_states)
-        actions.append(action[inside])
-    return torch.cat(states), torch.cat(actions)
+        actions.append(action)
+        inside.append(((next_states - model.state_mean).abs() <= args.trace_limit * model.state_std).all(-1))
+    return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
 
 
-def imitate(actor: Actor, optimizer, states: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One step that raises log pi(a | s) of the states (n, S) and actions (n, A) of recall traces; returns its loss."""
-    if len(states) == 0:  # all traces have left the data at once
-        return {}
-    imitation_loss = -actor.log_prob_of_clipped(states, actions).mean()  # Eq. (3), its mean over all steps
+def imitate(actor: Actor, optimizer, states, actions, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One step that raises log pi(a | s) of the recall traces' states and actions; returns its loss."""
+    trace_length = {"recall/trace_length": inside.sum() / inside.shape[1]}
+    if not inside.any():  # all traces have left the data at once
+        return trace_length
+    imitation_loss = -actor.log_prob_of_clipped(states[inside], actions[inside]).mean()  # Eq. (3), its mean
     optimizer.zero_grad()
     imitation_loss.backward()
     optimizer.step()
-    return {"recall/imitation_loss": imitation_loss.detach()}
+    return trace_length | {"recall/imitation_loss": imitation_loss.detach()}
 
 
 # ------------------------------------------------------------------------------------------------------ environment
@@ -571,7 +572,6 @@ def main(args: Args) -> Path:
                     for _ in range(before, after) if len(starts) else ():
                         rows = torch.randint(len(starts), (args.num_traces,))  # Alg. 1, line 10: high-value states
                         traces = recall_traces(model, starts[rows].to(args.device), args)  # Alg. 1, line 11
-                        metrics["recall/trace_length"] = len(traces[0]) / args.num_traces
                         metrics |= imitate(actor, imitation_optimizer, *traces)  # Alg. 1, lines 12 and 13
         if args.capture_video:
             play(actor, args, run_dir / "agent.gif")
