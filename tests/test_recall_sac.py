@@ -437,7 +437,6 @@ def test_what_an_environment_returns_need_not_be_an_array(registered, tmp_path):
     for name, environment in (("Odd-v0", Odd), ("Plain-v0", Line)):
         run = script.main(small(registered(name, environment), run_dir=str(tmp_path / name)))
         saved.append(torch.load(run / "checkpoint.pt", weights_only=True))
-    assert saved[0]["progress"][3] == saved[1]["progress"][3]
     torch.testing.assert_close(saved[0]["buffer"], saved[1]["buffer"], rtol=0, atol=0)
     torch.testing.assert_close(saved[0]["actor"], saved[1]["actor"], rtol=0, atol=0)
 
@@ -503,8 +502,8 @@ def test_an_environment_that_hides_state_is_resumed_exactly(registered, tmp_path
     parts = script.main(Args(resume=str(tmp_path / "parts")))
     saved = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, parts)]
     progress = [checkpoint.pop("progress") for checkpoint in saved]
-    assert progress[0][0] == 360 and progress[0][3] == progress[1][3]
-    torch.testing.assert_close((saved[0], *progress[0][:3]), (saved[1], *progress[1][:3]), rtol=0, atol=0)
+    assert progress[0][0] == 360
+    torch.testing.assert_close((saved[0], *progress[0]), (saved[1], *progress[1]), rtol=0, atol=0)
 
 
 def test_plays_whole_episodes_of_the_greedy_policy(registered):
@@ -545,17 +544,16 @@ def test_traces_are_as_long_as_in_table_2(env_id, length, tmp_path):
     assert saved["trace_length"] == length and saved["device"] == "cpu"
 
 
-@pytest.mark.parametrize(
-    "faster, exact, expected", [(2.2, True, "medium"), (1.4, True, "highest"), (9, False, "highest")]
-)
-def test_products_are_as_fast_as_single_precision_can_be(faster, exact, expected, monkeypatch):
-    precision, current = torch.get_float32_matmul_precision(), torch.get_float32_matmul_precision
-    monkeypatch.setattr(script.timeit, "timeit", lambda *_, **__: 1 / faster if current() == "medium" else 1.0)
-    monkeypatch.setattr(torch, "allclose", lambda *_, **__: exact)
-    state = torch.get_rng_state()
-    assert script.fastest_precision() == expected
-    assert torch.equal(torch.get_rng_state(), state)  # it draws none of the run's random numbers
-    torch.set_float32_matmul_precision(precision)
+def test_products_are_in_single_precision(monkeypatch):
+    before, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
+    script.choose_products("cpu")
+    x, y = randn(300, 400).double(), randn(400, 200).double()
+    torch.testing.assert_close((x.float() @ y.float()).double(), x @ y, rtol=1e-5, atol=1e-4)
+    monkeypatch.setattr(torch, "allclose", lambda *args, **kwargs: False)  # as on a processor that rounds to bfloat16
+    script.choose_products("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.equal(torch.get_rng_state(), state)  # none of the run's random numbers is drawn
+    torch.set_float32_matmul_precision(before)
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
