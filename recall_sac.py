@@ -404,7 +404,7 @@ def choose_products(device: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ run
-RUN_NAME = "{env_id}__recall_sac__{recall}__seed{seed}"
+RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_sac__{recall}__seed{seed}", 100_000
 AT_LEAST = {"seed": 0, "temperature": 1e-37}  # the least that is accepted, if not 1 for whole numbers and 0 for others
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "top_fraction": 1, "temperature": 1e37}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes")  # given anew
@@ -435,7 +435,7 @@ def check(args: Args) -> Args:
             raise UsageError(f"{flag} must be from {least} to {most:.4g}, got {value}")
         if given not in (None, "", value) and not nothing_else_given:
             raise UsageError(f"{flag} cannot change, it is {value} in {run.run_dir}, got {given}")
-    return replace(run, total_timesteps=run.total_timesteps or 100_000)
+    return replace(run, total_timesteps=run.total_timesteps or TOTAL_TIMESTEPS)
 
 
 @contextmanager
