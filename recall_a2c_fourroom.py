@@ -304,7 +304,7 @@ def play(env: FourRoomEnv, policy: np.ndarray, greedy: bool = True) -> tuple[flo
     return episode_return, states
 
 
-RUN_NAME = "FourRoom-v0__recall_a2c_fourroom__{recall}__seed{seed}"
+RUN_NAME, TOTAL_TIMESTEPS = "FourRoom-v0__recall_a2c_fourroom__{recall}__seed{seed}", 100_000
 AT_LEAST = {"seed": 0, "size": 7}  # smallest accepted values; all others: 1 for int, 0 for float
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "top_fraction": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video")  # what an old run may be given anew
@@ -335,7 +335,7 @@ def check(args: Args) -> Args:
             raise UsageError(f"{flag} must be from {least} to {most:.4g}, got {value}")
         if given not in (None, "", value) and not nothing_else_given:
             raise UsageError(f"{flag} cannot change, it is {value} in {run.run_dir}, got {given}")
-    return replace(run, total_timesteps=run.total_timesteps or 100_000)
+    return replace(run, total_timesteps=run.total_timesteps or TOTAL_TIMESTEPS)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ import math
 import os
 import sys
 import time
-import timeit
 from collections import namedtuple
 from contextlib import contextmanager
 from copy import deepcopy
@@ -396,20 +395,16 @@ def try_out(args: Args) -> tuple[int, int]:
     return len(state), env.action_space.shape[0]
 
 
-def fastest_precision() -> str:
-    """How to multiply matrices: "medium", oneDNN, where that is exact and faster than "highest", MKL (on some AMDs)."""
-    torch.set_num_threads(1)  # so that the choice is the same each time
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    seconds = dict.fromkeys(("highest", "medium"), math.inf)
-    for precision in 20 * [*seconds]:  # in turns and in CPU time, as other programs may be at work
-        torch.set_float32_matmul_precision(precision)
-        seconds[precision] = min(seconds[precision], timeit.timeit(lambda: x @ x, number=5, timer=time.process_time))
-    exact = torch.allclose(x @ x, (x.double() @ x.double()).float(), rtol=1e-5, atol=1e-4)
-    return "medium" if exact and 1.5 * seconds["medium"] < seconds["highest"] else "highest"
+def choose_products(device: str) -> None:
+    """Multiplies matrices by oneDNN ("medium"), faster than MKL on some processors, where that is as exact as MKL."""
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    torch.set_float32_matmul_precision("medium")
+    if not torch.allclose((x @ x).double(), x.double() @ x.double(), rtol=1e-5, atol=1e-4):  # such as bfloat16
+        torch.set_float32_matmul_precision("highest")
 
 
 # ------------------------------------------------------------------------------------------------------ run
-RUN_NAME = "{env_id}__recall_sac__{recall}__seed{seed}"
+RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_sac__{recall}__seed{seed}", 100_000
 AT_LEAST = {"seed": 0, "temperature": 1e-37}  # the least that is accepted, if not 1 for whole numbers and 0 for others
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "top_fraction": 1, "temperature": 1e37}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes")  # given anew
@@ -440,7 +435,7 @@ def check(args: Args) -> Args:
             raise UsageError(f"{flag} must be from {least} to {most:.4g}, got {value}")
         if given not in (None, "", value) and not nothing_else_given:
             raise UsageError(f"{flag} cannot change, it is {value} in {run.run_dir}, got {given}")
-    return replace(run, total_timesteps=run.total_timesteps or 100_000)
+    return replace(run, total_timesteps=run.total_timesteps or TOTAL_TIMESTEPS)
 
 
 @contextmanager
@@ -485,8 +480,8 @@ def main(args: Args) -> Path:
     length = 50 if args.env_id.startswith(("Ant", "Humanoid")) else 20  # Table 2
     args = replace(args, device=args.device or "cpu", trace_length=args.trace_length or length)
     state_dim, action_dim = try_out(args)
-    precision = fastest_precision() if args.device == "cpu" else "highest"
     torch.set_num_threads(args.torch_threads)
+    choose_products(args.device)
     torch.manual_seed(args.seed)
     actor = Actor(state_dim, action_dim, args.hidden, args.temperature).to(args.device)  # Alg. 1, line 1
     critic = Critic(state_dim, action_dim, args.hidden).to(args.device)
@@ -502,16 +497,14 @@ def main(args: Args) -> Path:
     weights = [w.detach() for part in parts.values() if isinstance(part, nn.Module) for w in part.parameters()]
     step, metrics, starts, envs = 0, {}, torch.zeros(0), []
     if args.evaluate:
-        step, *_, precision = load_checkpoint(Path(args.evaluate), {"actor": actor})
-        torch.set_float32_matmul_precision(precision)
+        step, *_ = load_checkpoint(Path(args.evaluate), {"actor": actor})
         returns = play(actor, args, Path(args.evaluate, f"agent_{step}.gif") if args.capture_video else None)
         print(*(f"episode {i}: return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
         print(f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}")
         return Path(args.evaluate)
     with open_run(args) as run_dir:
         if (run_dir / "checkpoint.pt").exists():
-            step, metrics, starts, precision = load_checkpoint(run_dir, parts)
-        torch.set_float32_matmul_precision(precision)  # the same after --resume, for the same bits
+            step, metrics, starts = load_checkpoint(run_dir, parts)
         first_step, started = step, time.time()
         bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)
         with bar, SummaryWriter(run_dir, purge_step=step) as writer:
@@ -525,7 +518,7 @@ def main(args: Args) -> Path:
                             raise FloatingPointError(f"{name} is {value} at step {step}")
                 if must_save:
                     checkpoint = {name: part.state_dict() for name, part in parts.items()}
-                    checkpoint |= {"rng": torch.get_rng_state(), "progress": (step, metrics, starts, precision)}
+                    checkpoint |= {"rng": torch.get_rng_state(), "progress": (step, metrics, starts)}
                     writer.flush()
                     torch.save(checkpoint, file := io.BytesIO())
                     (run_dir / "checkpoint.tmp").write_bytes(file.getbuffer())

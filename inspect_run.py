@@ -1,0 +1,187 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["filelock==4.3.1", "gymnasium==1.4.0", "imageio==2.38.1", "matplotlib==3.11.2", "mujoco==4.0.0",
+#                 "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1",
+#                 "tyro==1.0.17"]
+# ///
+"""How good are the recall traces of a trained agent? Draws them beside what really happened.
+
+The agent plays fresh episodes, which its backtracking model has not seen. From their most valuable states the model
+imagines traces backwards, and these are compared with the steps that really led there.
+
+    python inspect_run.py RUN_DIR
+
+RUN_DIR is the folder of a run of recall_sac.py or recall_trpo.py. It gets the picture inspect_<step>.png.
+Shapes: S numbers of a state, T steps back, N traces.
+"""
+
+import importlib
+import json
+import sys
+from collections import namedtuple
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPTS = ("recall_sac", "recall_trpo")
+
+
+@dataclass
+class Args:
+    run_dir: tyro.conf.Positional[str]  # folder of a run with a backtracking model
+    episodes: int = 10  # fresh episodes of the trained agent
+    num_traces: int = 256  # recall traces, each from a state of its own
+    fraction: float = 0.1  # traces start from this share of the states, the most valuable
+    seed: int = 0  # seed of episodes and traces
+
+
+Episode = namedtuple("Episode", "states rewards")  # arrays (L + 1, S) and (L,) of an episode of L steps
+Comparison = namedtuple(
+    "Comparison", "starts real known imagined inside"
+)  # (N, S), (T, N, S), (T, N), (T, N, S), (T, N)
+
+
+def load_run(run_dir: Path):
+    """The script of a run, the run's arguments, its step, and its environment, trained actor and backtracking model."""
+    try:
+        saved = json.loads((run_dir / "args.json").read_text())
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged checkpoint can raise anything
+        raise ValueError(
+            f"RUN_DIR must be the folder of a run, with its args.json and checkpoint.pt: {error}"
+        ) from None
+    for name in SCRIPTS:
+        script = importlib.import_module(name)
+        if {field.name for field in fields(script.Args)} == saved.keys():
+            break
+    else:
+        raise ValueError(f"RUN_DIR must be the folder of a run of {' or '.join(SCRIPTS)}, {run_dir} is not")
+    if "model" not in checkpoint:
+        raise ValueError(f"RUN_DIR must be a run with a backtracking model, {run_dir} has --recall {saved['recall']}")
+    args = replace(script.Args(**saved), device="cpu")
+    env, model = script.make_env(args), checkpoint["model"]
+    actor = script.Actor(len(env.observation_space.low), len(model["action_mean"]), args.hidden)
+    actor.load_state_dict(checkpoint["actor"])
+    backtracking_model = script.BacktrackingModel(len(model["state_mean"]), len(model["action_mean"]))
+    backtracking_model.load_state_dict(model)
+    return script, args, checkpoint["progress"][0], env, actor, backtracking_model
+
+
+def play(script, env, actor, episodes: int, seed: int) -> list[Episode]:
+    """Episodes of the policy, with its noise, as in training."""
+    played = []
+    for i in range(episodes):
+        states, rewards, info = [env.reset(seed=seed + i)[0]], [], {}
+        while "episode" not in info:
+            state, reward, _, _, info = env.step(script.act(actor, states[-1][None])[0])
+            states.append(state)
+            rewards.append(reward)
+        played.append(Episode(np.array(states), np.array(rewards)))
+    return played
+
+
+def most_valuable(episodes: list[Episode], gamma: float, fraction: float) -> list[tuple[int, int]]:
+    """(episode, time step t > 0) of the states s_t of highest value, best first.
+
+    The value of s_t is what was earned on the step to it and after it, r_{t-1} + gamma r_t + gamma^2 r_{t+1} + ...
+    """
+    values = []
+    for i, episode in enumerate(episodes):
+        value = 0.0
+        for t in reversed(range(len(episode.rewards))):
+            value = episode.rewards[t] + gamma * value
+            values.append((value, i, t + 1))
+    values.sort(reverse=True)
+    return [(i, t) for _, i, t in values[: max(1, round(fraction * len(values)))]]
+
+
+def compare(recall_traces, model, episodes: list[Episode], ends: list[tuple[int, int]], args) -> Comparison:
+    """Traces from the states `ends`, beside the real predecessors of these states, where the episode has them."""
+    size = len(model.state_mean)  # without the goal, where states end with one
+    back = np.arange(1, args.trace_length + 1)
+    real = np.stack([episodes[i].states[np.maximum(t - back, 0), :size] for i, t in ends], axis=1)
+    known = np.stack([back <= t for _, t in ends], axis=1)
+    starts = torch.tensor(np.stack([episodes[i].states[t, :size] for i, t in ends]))
+    imagined, _, inside = recall_traces(model, starts, args)
+    return Comparison(starts, torch.tensor(real), torch.tensor(known), imagined, inside)
+
+
+def errors(imagined, compared: Comparison, state_std: torch.Tensor) -> torch.Tensor:
+    """Distance of imagined from real states, the root mean square over their numbers, in standard deviations, (T,).
+
+    The mean over the traces that have not ended and whose real predecessor is known; nan where there is none.
+    """
+    distances = ((imagined - compared.real) / state_std).square().mean(-1).sqrt()
+    counted = compared.known & compared.inside
+    return torch.where(counted, distances, 0).sum(-1) / counted.sum(-1)
+
+
+def draw(compared: Comparison, model, args, run_dir: Path) -> Figure:
+    """Four pictures: traces, their error by step, how many last, and the learning curve of the run."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (plane, error), (lasting, curve) = figure.subplots(2, 2)
+    real, imagined, starts = ((x - model.state_mean) / model.state_std for x in (compared[1], compared[3], compared[0]))
+    shown = compared.known.sum(0).argsort(descending=True, stable=True)[:8].tolist()
+    axes = torch.pca_lowrank(real[compared.known], q=2)[2]  # (S, 2), the plane in which real states vary most
+    for label, states, kept, style in (
+        ("real", real, compared.known, "k-"),
+        ("imagined", imagined, compared.known & compared.inside, "C1-"),
+    ):
+        for n, i in enumerate(shown):
+            path = torch.cat((starts[None, i], states[kept[:, i], i])) @ axes
+            plane.plot(*path.T, style, lw=1, alpha=0.7, marker=".", ms=3, label=None if n else label)
+    plane.plot(*(starts[shown] @ axes).T, "C0*", ms=9, ls="", label="high-value state")
+    plane.set(title="Eight trajectories backwards", xlabel="first principal axis", ylabel="second principal axis")
+    steps = np.arange(1, len(real) + 1)
+    still = compared.starts.expand_as(compared.real)
+    error.plot(steps, errors(compared.imagined, compared, model.state_std), "C1.-", label="imagined")
+    error.plot(steps, errors(still, compared, model.state_std), "k--", label="standing still")
+    error.set(title="Distance from the real states", xlabel="steps back", ylabel="standard deviations", ylim=(0, None))
+    lasting.plot(steps, compared.inside.float().mean(1), "C2.-")
+    lasting.set(title="Traces that have not ended", xlabel="steps back", ylabel="share of traces", ylim=(0, 1.05))
+    events = EventAccumulator(str(run_dir)).Reload()
+    points = events.Scalars("eval/return") if "eval/return" in events.Tags()["scalars"] else []
+    curve.plot([point.step for point in points], [point.value for point in points], ".-")
+    curve.set(title="Learning curve", xlabel="environment steps", ylabel="return of the greedy policy")
+    for ax in (plane, error):
+        ax.legend()
+    figure.suptitle(f"{args.env_id}, --recall {args.recall}, seed {args.seed}")
+    return figure
+
+
+@torch.no_grad()
+def main(args: Args) -> Path:
+    """Writes the picture of a run and prints its numbers; returns the picture's path."""
+    mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(text, file=sys.stderr))
+    run_dir = Path(args.run_dir)
+    script, run_args, step, env, actor, model = load_run(run_dir)
+    torch.manual_seed(args.seed)
+    episodes = play(script, env, actor, args.episodes, seed=10**6 + args.seed)  # other starts than in evaluations
+    ends = most_valuable(episodes, run_args.gamma, args.fraction)
+    ends = [ends[i] for i in torch.randperm(len(ends))[: args.num_traces]]
+    compared = compare(script.recall_traces, model, episodes, ends, run_args)
+    returns = np.array([episode.rewards.sum() for episode in episodes])
+    print(f"return {returns.mean():.1f}, standard deviation {returns.std():.1f}, over {len(episodes)} fresh episodes")
+    print(f"a trace lasts {compared.inside.sum() / len(ends):.1f} of {run_args.trace_length} steps")
+    imagined = errors(compared.imagined, compared, model.state_std)
+    still = errors(compared.starts.expand_as(compared.real), compared, model.state_std)
+    for t in sorted({1, 2, 5, 10, 20, 50} & {*range(1, run_args.trace_length + 1)}):
+        print(f"distance {t} steps back: imagined {imagined[t - 1]:.2f}, standing still {still[t - 1]:.2f} deviations")
+    path = run_dir / f"inspect_{step}.png"
+    draw(compared, model, run_args, run_dir).savefig(path, dpi=100)
+    print(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
