@@ -132,10 +132,10 @@ class Normaliser(nn.Module):
 class Actor(nn.Module):
     """pi_theta(a | s), from states (B, S) to Gaussians of actions (B, A), with a std that is alike in all states."""
 
-    def __init__(self, normaliser: Normaliser, state_dim: int, action_dim: int, hidden: int):
+    def __init__(self, state_dim: int, action_dim: int, hidden: int):
         super().__init__()
         self.log_std = nn.Parameter(torch.zeros(action_dim))
-        self.normaliser, self.net = normaliser, mlp(state_dim, hidden, action_dim, nn.Tanh)
+        self.normaliser, self.net = Normaliser(state_dim), mlp(state_dim, hidden, action_dim, nn.Tanh)
         self.net[-1].weight.data.mul_(0.01)  # the first policy is nearly the same in all states
 
     def forward(self, states: torch.Tensor) -> Normal:
@@ -384,6 +384,7 @@ def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args:
     with torch.no_grad():
         values, next_values = (critic(s).cpu().numpy().reshape(rollout.rewards.shape) for s in (states, next_states))
     advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
+    explained_variance = 1 - float(advantages.var() / (advantages + values).var().clip(1e-8))
     returns, advantages = (torch.from_numpy(x).to(args.device).flatten() for x in (advantages + values, advantages))
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     losses = update_actor(actor, states, actions, advantages, args)
@@ -395,7 +396,7 @@ def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args:
             optimizer.zero_grad()
             value_loss.backward()
             optimizer.step()
-    return losses | {"losses/value_loss": value_loss.detach()}
+    return losses | {"losses/value_loss": value_loss.detach(), "losses/explained_variance": explained_variance}
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
@@ -546,7 +547,7 @@ def try_out(args: Args) -> tuple[int, int]:
     return len(state), env.action_space.shape[0]
 
 
-RUN_NAME = "{env_id}__recall_trpo__{recall}__seed{seed}"
+RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_trpo__{recall}__seed{seed}", 500_000
 AT_LEAST = {"seed": 0, "num_steps": 2, "max_kl": 1e-37}  # the least accepted, if not 1 for whole numbers, 0 for others
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "top_fraction": 1, "recall_until": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes")  # given anew
@@ -577,7 +578,7 @@ def check(args: Args) -> Args:
             raise UsageError(f"{flag} must be from {least} to {most:.4g}, got {value}")
         if given not in (None, "", value) and not nothing_else_given:
             raise UsageError(f"{flag} cannot change, it is {value} in {run.run_dir}, got {given}")
-    return replace(run, total_timesteps=run.total_timesteps or 100_000)
+    return replace(run, total_timesteps=run.total_timesteps or TOTAL_TIMESTEPS)
 
 
 @contextmanager
@@ -618,25 +619,23 @@ def load_checkpoint(run_dir: Path, parts: dict) -> tuple:
 def main(args: Args) -> Path:
     """Trains an agent, or plays the trained one of --evaluate; returns the folder of its run."""
     mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(text, file=sys.stderr))  # as models are
-    if args.total_timesteps is None and not (args.resume or args.evaluate):
-        args = replace(args, total_timesteps=500_000)
     args = check(args)
     length = 10 if args.env_id.startswith("Hopper") else 50 if args.env_id.startswith(("Ant", "Humanoid")) else 20
     args = replace(args, device=args.device or "cpu", trace_length=args.trace_length or length)
     state_dim, action_dim = try_out(args)
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
-    normaliser = Normaliser(state_dim)
-    actor = Actor(normaliser, state_dim, action_dim, args.hidden).to(args.device)  # Alg. 1, line 1
-    critic = Critic(normaliser, state_dim, args.hidden).to(args.device)
+    actor = Actor(state_dim, action_dim, args.hidden).to(args.device)  # Alg. 1, line 1
+    critic = Critic(actor.normaliser, state_dim, args.hidden).to(args.device)
     optimizer = torch.optim.Adam(critic.net.parameters(), lr=args.critic_lr, fused=True)
     buffer, under_way = [], [[] for _ in range(args.num_envs)]
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer}
     if args.recall != "none":
-        model = BacktrackingModel(state_dim + (args.recall == "forward"), action_dim).to(args.device)  # Alg. 1, line 2
+        forward, part = args.recall == "forward", "forward_model" if args.recall == "forward" else "model"
+        model = BacktrackingModel(state_dim + forward, action_dim).to(args.device)  # Alg. 1, line 2
         model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
         imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
-        parts |= {"model": model, "model_optimizer": model_optimizer, "imitation_optimizer": imitation_optimizer}
+        parts |= {part: model, "model_optimizer": model_optimizer, "imitation_optimizer": imitation_optimizer}
     weights = [w.detach() for part in parts.values() if isinstance(part, nn.Module) for w in part.parameters()]
     step, metrics, envs, batch = 0, {}, [], args.num_envs * args.num_steps
     if args.evaluate:
@@ -684,7 +683,7 @@ def main(args: Args) -> Path:
                 rollout.truncated[-1] |= (step % args.checkpoint_every < batch) & ~rollout.terminated[-1]  # cut
                 metrics |= episode | update_trpo(actor, critic, optimizer, rollout, args)  # Alg. 1, lines 6 and 7
                 visited = torch.from_numpy(rollout.states).to(args.device).flatten(0, 1)
-                normaliser.add(visited)  # only now, so that rollout and update have seen the same policy
+                actor.normaliser.add(visited)  # only now, so that rollout and update have seen the same policy
                 if args.recall == "none":
                     continue
                 add_trajectories(buffer, under_way, rollout, args)  # Alg. 1, line 5
@@ -697,7 +696,7 @@ def main(args: Args) -> Path:
                 rows = torch.randperm(args.num_traces * args.recall_updates) % len(tuples.values)  # Alg. 1, line 10
                 metrics["recall/start_value"], old_actor = tuples.values[rows].mean(), deepcopy(actor)
                 for starts in tuples.next_states[rows].split(args.num_traces):
-                    if args.recall == "forward":
+                    if forward:
                         update_trpo(actor, critic, optimizer, forward_rollout(model, actor, starts, args), args)
                         continue
                     traces = recall_traces(model, starts, args)  # Alg. 1, line 11
