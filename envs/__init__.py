@@ -11,14 +11,17 @@ register(
     id="AntUMaze-v0",
     entry_point="envs.u_maze:AntUMazeEnv",
     vector_entry_point="envs.u_maze:AntUMazeVectorEnv",
+    max_episode_steps=500,
 )
 register(
     id="PointUMaze-v0",
     entry_point="envs.u_maze:PointUMazeEnv",
     vector_entry_point="envs.u_maze:PointUMazeVectorEnv",
+    max_episode_steps=200,
 )
 register(
     id="PointMass-v0",
     entry_point="envs.point_mass:PointMassEnv",
     vector_entry_point="envs.point_mass:PointMassVectorEnv",
+    max_episode_steps=200,
 )
