@@ -1,24 +1,14 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "gymnasium==1.4.0",
-#     "imageio==2.38.1",
-#     "matplotlib==3.11.2",
-#     "mujoco==4.0.0",
-#     "numpy==2.4.6",
-#     "pillow==13.0.0",
-#     "scipy==1.17.1",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.17",
-# ]
+# dependencies = ["filelock==4.3.1", "gymnasium==1.4.0", "imageio==2.38.1", "matplotlib==3.11.2", "mujoco==4.0.0",
+#                 "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1",
+#                 "tyro==1.0.17"]
 # ///
 """Goal GAN with trust region policy optimization and recall traces (Goyal et al., ICLR 2019, sections 6.3, A, C and D).
 
 An ant in a U-shaped maze is to reach every place. A generative adversarial network proposes goals that are neither
 too easy nor too hard; a backtracking model imagines what may lead to them, and the policy imitates these recall traces.
-This file and the mazes in envs are all there is.
+The mazes are in envs, all else is in this file; Algorithm 1 of the paper is the loop at the end of main.
 
     python recall_goalgan_ant.py --env-id PointUMaze-v0       # a point mass in the maze
     python recall_goalgan_ant.py --capture-video              # the ant, with Goal GAN's batch
@@ -27,163 +17,111 @@ This file and the mazes in envs are all there is.
 
 The point mass reaches 90 % of the maze after 13 outer iterations with recall traces, 17 without (20 seeds; a run of 40
 outer iterations takes 6 minutes on a core). Three seeds of the ant show no difference; see docs/recall_goalgan_ant.md.
+Shapes: states (B, S), goals (B, G), actions (B, A) from -1 to 1, T steps in each of E environments or N traces. The
+policy and the critic see states that end with the goal, (B, S + G); the backtracking model sees states without it.
 """
 
+import io
 import json
 import math
 import os
-import signal
 import sys
 import time
+from collections import namedtuple
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
+from filelock import FileLock, Timeout
 from PIL import Image
-from scipy.spatial import KDTree
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.distributions import Normal
+from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.u_maze import FREE, GoalVectorEnv, coverage_goals, draw_coverage, draw_maze
+from envs.goals import AS_ARRAYS, GoalWrapper, make_goal_envs
+from envs.u_maze import coverage_goals, draw_coverage
 
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of networks, environments and all sampling"""
-    total_timesteps: int | None = None
-    """environment steps of training in all (40 outer iterations if not given); may grow with --resume"""
-    run_dir: Path | None = None
-    """folder of this run; runs/<env>__<script>__<recall>__seed<seed>__<time> if not given"""
-    resume: Path | None = None
-    """go on with the interrupted run in this folder, with its own arguments"""
-    evaluate: Path | None = None
-    """measure the coverage of the agent in this folder"""
-    eval_every: int | None = None
-    """environment steps of training between evaluations; every outer iteration if not given"""
-    eval_episodes: int = 3
-    """episodes per goal and evaluation"""
-    checkpoint_every: int | None = None
-    """environment steps of training between checkpoints; every inner iteration if not given"""
-    capture_video: bool = False
-    """write a GIF of the agent on its way to a goal, at the end of training or with --evaluate"""
-    device: str = "cpu"
-    """torch device of the networks"""
-    torch_threads: int = 1
-    """CPU threads of torch"""
-
+    seed: int = 1  # seed of networks, environments and all sampling
+    total_timesteps: int | None = None  # environment steps in all, 40 outer iterations if not given; may grow
+    run_dir: str = ""  # folder of this run; runs/<env>__<script>__<recall>__seed<seed>__<time> if not given
+    resume: str = ""  # go on with the interrupted run in this folder, with its own arguments
+    evaluate: str = ""  # measure the coverage of the agent in this folder
+    eval_every: int | None = None  # environment steps between evaluations, an outer iteration if not given
+    eval_episodes: int | None = None  # episodes per goal and evaluation, 3 if not given
+    checkpoint_every: int | None = None  # environment steps between checkpoints, an inner iteration if not given
+    capture_video: bool = False  # write a GIF of the greedy agent, at the end of training or with --evaluate
+    device: str | None = None  # torch device of the networks, cpu if not given
+    torch_threads: int = 1  # CPU threads of torch
     # environment
+    # AntUMaze-v0, PointUMaze-v0, PointMass-v0, or the Gymnasium id of another environment whose observations are a Dict
+    # of observation, achieved_goal and desired_goal, and whose compute_reward has one value at the goal, another far
     env_id: str = "AntUMaze-v0"
-    """AntUMaze-v0, PointUMaze-v0 or PointMass-v0"""
-    num_envs: int | None = None
-    """environments stepped side by side; if not given, 200 ants or 100 points"""
-    env_threads: int = os.cpu_count() or 1
-    """native threads that step the ant"""
-    contact_forces: bool = False
-    """whether the ant sees its contact forces"""
-    dims: int = 2
-    """dimensions of PointMass-v0"""
-    max_steps: int | None = None
-    """steps of an episode at most, evaluations too; if not given, 500 for the ant (400 in evaluations), else 200"""
-
+    num_envs: int | None = None  # environments stepped side by side; if not given, 200 ants or 100 others
+    env_threads: int | None = None  # native threads that step the ants, one for each core if not given
+    max_episode_steps: int | None = None  # time limit of an episode, that of the environment if not given
+    eval_steps: int | None = None  # time limit in evaluations; if not given, 400 for the ant, else as in training
+    contact_forces: bool = False  # whether the ant sees its contact forces
+    dims: int | None = None  # dimensions of PointMass-v0, 2 if not given
     # trust region policy optimization
-    num_steps: int | None = None
-    """steps of each environment per inner iteration; those of an episode if not given"""
-    inner_iterations: int = 5
-    """iterations of trust region policy optimization per outer iteration, for each set of goals"""
-    hidden: int = 64
-    """units in each of the two hidden layers of actor and critic"""
-    learn_std: bool | None = None
-    """whether the policy's standard deviation is learned or stays 1; if not given, learned, except in PointUMaze-v0"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.98
-    """decay of generalized advantage estimation"""
-    max_kl: float = 0.01
-    """trust region: largest mean KL divergence between the policies before and after a natural gradient step"""
-    cg_iterations: int = 10
-    """iterations of conjugate gradients per natural gradient"""
-    cg_damping: float = 0.1
-    """added to the diagonal of the Fisher matrix"""
-    line_search_steps: int = 10
-    """lengths of a step that the line search tries, each a fifth shorter, before it gives up"""
-    critic_lr: float = 1e-3
-    """step size of Adam for the critic"""
-    critic_epochs: int = 5
-    """passes of the critic over each batch"""
-    critic_batch_size: int = 1000
-    """states per update of the critic"""
-
-    # goals
-    goals: Literal["gan", "uniform"] = "gan"
-    """where goals come from: a Goal GAN, or uniformly from the box, walls included (then no labels and no old goals)"""
-    num_goals: int = 200
-    """new goals per outer iteration"""
-    num_replayed_goals: int = 100
-    """old goals per outer iteration"""
-    label_rollouts: int = 3
-    """episodes per goal that tell how hard it is"""
-    least_success: float = 0.1
-    """goals that the agent reaches no more often than that are too hard"""
-    most_success: float = 0.9
-    """goals that the agent reaches no less often than that are too easy"""
-    goal_noise: float = 0.5
-    """standard deviation of what is added to generated goals, in metres"""
-    goal_distance: float = 0.3
-    """least distance of any two goals that are kept for replay, in metres"""
-    gan_updates: int = 250
-    """updates of generator and discriminator per outer iteration"""
-    gan_batch_size: int = 64
-    """goals per update of the discriminator"""
-    gan_lr: float = 1e-3
-    """step size of RMSprop for generator and discriminator"""
-
-    # recall traces
+    num_steps: int | None = None  # steps of each environment per inner iteration, those of an episode if not given
+    inner_iterations: int = 5  # updates per outer iteration, which is a set of goals
+    hidden: int = 64  # units in each of the two hidden layers of actor and critic
+    learn_std: bool | None = None  # whether the policy's std is learned or 1; if not given, 1 in PointUMaze-v0 only
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.98  # decay of generalized advantage estimation
+    max_kl: float = 0.01  # trust region: largest mean KL divergence from the old policy to that after an update
+    cg_iterations: int = 10  # iterations of conjugate gradients per update
+    cg_damping: float = 0.1  # added to the diagonal of the Fisher matrix
+    line_search_steps: int = 10  # lengths of a step that the line search tries, each a fifth shorter than the last
+    critic_lr: float = 1e-3  # step size of Adam for the critic
+    critic_epochs: int = 5  # passes of the critic over each rollout
+    critic_batch_size: int = 1000  # states per step of the critic
+    # Goal GAN
+    num_goals: int = 200  # new goals per outer iteration
+    num_replayed_goals: int = 100  # old goals per outer iteration
+    label_rollouts: int = 3  # episodes per goal that tell how hard it is
+    least_success: float = 0.1  # goals that the agent reaches no more often than that are too hard
+    most_success: float = 0.9  # goals that the agent reaches no less often than that are too easy
+    goal_noise: float = 0.5  # standard deviation of what is added to generated goals, in metres
+    goal_distance: float = 0.3  # least distance of any two old goals, in metres
+    gan_updates: int = 250  # updates of generator and discriminator per outer iteration
+    gan_batch_size: int = 64  # goals per update
+    gan_lr: float = 1e-3  # step size of RMSprop for generator and discriminator
+    # recall traces: of no, an untrained (App. F) or a learned backtracking model (Eq. 2)
     recall: Literal["none", "random", "learned"] = "learned"
-    """none: Goal GAN alone; learned: with a backtracking model (Eq. 2); random: an untrained one (App. F)"""
-    num_traces: int = 64
-    """recall traces per imitation update, each from a state of its own (so the paper's N, traces per state, is 1)"""
-    trace_length: int | None = None
-    """longest trace in steps; if not given, 50 for the ant and 20 for the others (App. D)"""
-    recall_every: int = 1
-    """a recall phase comes every so many outer iterations, after the first inner iteration"""
-    recall_updates: int = 20
-    """imitation updates per recall phase, each with new traces"""
-    buffer_size: int = 100_000
-    """steps that the buffer holds, of successful trajectories only, the newest"""
-    backtracking_updates: int = 100
-    """backtracking model updates per recall phase (App. C)"""
-    backtracking_batch_size: int = 256
-    """(state, action, next state) tuples per backtracking model update"""
-    backtracking_lr: float = 1e-3
-    """step size of Adam for the backtracking model (beta in Alg. 1)"""
-    imitation_lr: float = 1e-3
-    """step size of Adam for the imitation of traces"""
+    num_traces: int = 64  # recall traces per imitation update, each from a state of its own (the paper's N is 1)
+    trace_length: int | None = None  # longest trace in steps; if not given, 50 for the ant, 20 for others (App. D)
+    recall_every: int = 1  # outer iterations per recall phase, which comes after the first inner iteration
+    recall_updates: int = 20  # imitation updates per recall phase, each with new traces
+    buffer_size: int = 100_000  # steps that the buffer holds, of successful trajectories only, the newest
+    backtracking_updates: int = 100  # backtracking model updates per recall phase (App. C)
+    backtracking_batch_size: int = 256  # (state, action, next state) tuples per backtracking model update
+    backtracking_lr: float = 1e-3  # step size of Adam for the backtracking model (beta in Alg. 1)
+    imitation_lr: float = 1e-3  # step size of Adam for the imitation of traces (in Alg. 1 the policy's own, alpha)
+    # largest mean KL divergence from the policy before a recall phase to that after it; if not given, 0.005 for the ant
+    # and 0.02 for others
     imitation_kl: float | None = None
-    """largest mean KL divergence between the policies before and after a recall phase; if not given, 0.005 for the ant
-    and 0.02 for the points"""
-    action_noise: float = 1.0
-    """standard deviation of imagined actions as a share of the model's own"""
-    state_noise: float = 0.5
-    """standard deviation of imagined changes of state as a share of the model's own (the paper: 1)"""
-    trace_limit: float = 5.0
-    """a trace ends where a number of its state is further from the mean of the data, in standard deviations"""
+    action_noise: float = 1.0  # standard deviation of imagined actions as a share of the model's (App. C: 1)
+    state_noise: float = 0.5  # standard deviation of imagined changes of state as a share of the model's (the paper: 1)
+    trace_limit: float = 5.0  # standard deviations; a trace ends where its state is further from the mean of the data
+
+
+LARGEST_ACTION = 1.0  # actions of traces are clipped to it, as the environment clips those of the policy
 
 
 # ------------------------------------------------------------------------------------------------------ networks
-
-
 def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
     """Two hidden layers."""
     layers = [nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, hidden), activation()]
@@ -191,7 +129,7 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
 
 
 class Normaliser(nn.Module):
-    """Running mean and standard deviation of all that was added; brings what it is given to mean 0 and variance 1."""
+    """Brings values to mean 0 and variance 1, by mean and standard deviation of all values that were added so far."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -203,8 +141,8 @@ class Normaliser(nn.Module):
         """Adds values (n, size), by the parallel algorithm of Chan et al. (1979)."""
         share = len(values) / (self.count + len(values))
         change, var = values.mean(0) - self.mean, values.var(0, unbiased=False)
-        old_var = self.std**2 if self.count else 0.0
-        self.std.copy_(((1 - share) * old_var + share * var + share * (1 - share) * change**2).sqrt().clamp(min=1e-4))
+        var = (1 - share) * self.std**2 + share * var + share * (1 - share) * change**2
+        self.std.copy_(var.sqrt().clamp(min=1e-4))
         self.mean.copy_(self.mean + share * change)
         self.count += len(values)
 
@@ -213,30 +151,22 @@ class Normaliser(nn.Module):
 
 
 class Actor(nn.Module):
-    """pi_theta(a | s), a Gaussian: from states (B, S) to its mean (B, A) and its log std (A,), alike in all."""
+    """pi_theta(a | s), from states (B, S) to Gaussians of actions (B, A), with a std that is alike in all states."""
 
-    def __init__(self, normaliser: Normaliser, state_dim: int, action_dim: int, hidden: int):
+    def __init__(self, state_dim: int, action_dim: int, hidden: int):
         super().__init__()
         self.log_std = nn.Parameter(torch.zeros(action_dim))
-        self.normaliser, self.net = normaliser, mlp(state_dim, hidden, action_dim, nn.Tanh)
+        self.normaliser, self.net = Normaliser(state_dim), mlp(state_dim, hidden, action_dim, nn.Tanh)
         self.net[-1].weight.data.mul_(0.01)  # the first policy is nearly the same in all states
 
-    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.net(self.normaliser(states)), self.log_std
-
-    def log_prob(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """log pi(a | s), (B,)."""
-        mean, log_std = self(states)
-        noise = (actions - mean) / log_std.exp()
-        return -(0.5 * noise**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+    def forward(self, states: torch.Tensor) -> Normal:
+        return Normal(self.net(self.normaliser(states)), self.log_std.exp(), validate_args=False)
 
     def log_prob_of_clipped(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """log pi of actions as they are carried out, (B,): one at its bound stands for all draws beyond it."""
-        mean, log_std = self(states)
-        std = log_std.exp()
-        inside = -(0.5 * ((actions - mean) / std) ** 2 + log_std + 0.5 * math.log(2 * math.pi))
-        beyond = torch.special.log_ndtr((actions.sign() * mean - 1) / std)
-        return torch.where(actions.abs() < 1, inside, beyond).sum(-1)
+        """log pi(a | s) of actions as they are carried out, (B,): one at its bound stands for all draws beyond it."""
+        policy = self(states)
+        beyond = torch.special.log_ndtr((actions.sign() * policy.mean - LARGEST_ACTION) / policy.stddev)
+        return torch.where(actions.abs() < LARGEST_ACTION, policy.log_prob(actions), beyond).sum(-1)
 
 
 class Critic(nn.Module):
@@ -260,10 +190,9 @@ class Critic(nn.Module):
 
 
 class BacktrackingModel(nn.Module):
-    """q_phi(ds_t, a_t | s_{t+1}) = q(a_t | s_{t+1}) q(ds_t | a_t, s_{t+1}), ds_t = s_t - s_{t+1}, Eq. (1).
+    """q_phi(ds_t, a_t | s_{t+1}) = q(a_t | s_{t+1}) q(ds_t | a_t, s_{t+1}) with ds_t = s_t - s_{t+1}, Eq. (1).
 
-    Both are Gaussians over normalised quantities (App. C): actions with variance 1, changes of state with a learned
-    variance. The statistics that normalise are part of the model. States are (B, S), actions (B, A).
+    Both are Gaussians of normalised quantities (App. C), actions with variance 1, changes of state with a learned one.
     """
 
     def __init__(self, state_dim: int, action_dim: int, hidden: int = 128):
@@ -274,8 +203,8 @@ class BacktrackingModel(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
 
-    def normalise_by(self, tuples: "Tuples") -> None:
-        """Takes the statistics of these tuples."""
+    def normalise_by(self, tuples) -> None:
+        """Takes the means and standard deviations of these tuples."""
         changes = tuples.states - tuples.next_states
         for name, values in (("state", tuples.next_states), ("action", tuples.actions), ("change", changes)):
             std, unchanged = values.std(0), 1e-6 if name == "change" else 1  # what never changes stays so in traces
@@ -291,204 +220,119 @@ class BacktrackingModel(nn.Module):
         actions = (actions - self.action_mean) / self.action_std
         next_states = (next_states - self.state_mean) / self.state_std
         mean, log_std = self.state_predictor(torch.cat((next_states, actions), dim=-1)).chunk(2, dim=-1)
-        return mean, -5 + F.softplus(6 - F.softplus(1 - log_std))  # smoothly bounded: from -5 to about 1
+        return mean, -5 + nn.functional.softplus(6 - nn.functional.softplus(1 - log_std))  # bounds: -5, about 1
 
     def log_prob(self, states, actions, next_states) -> tuple[torch.Tensor, torch.Tensor]:
-        """log q(a_t | s_{t+1}) and log q(ds_t | a_t, s_{t+1}) of normalised actions and changes, (B,) each."""
+        """log q(a_t | s_{t+1}) and log q(ds_t | a_t, s_{t+1}), whose sum is the logarithm of Eq. (1), (B,) each."""
         action = (actions - self.action_mean) / self.action_std
         change = (states - next_states - self.change_mean) / self.change_std
         action_mean, (mean, log_std) = self.predict_action(next_states), self.predict_change(actions, next_states)
         of_actions = -0.5 * ((action - action_mean) ** 2 + math.log(2 * math.pi))
         of_changes = -0.5 * (((change - mean) / log_std.exp()) ** 2 + math.log(2 * math.pi)) - log_std
-        # Eq. (1)
         return of_actions.sum(-1), of_changes.sum(-1)
 
-    def sample(self, next_states, action_noise, state_noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and actions from -1 to 1 before `next_states`, made of normal noise (B, A) and (B, S)."""
-        actions = self.action_mean + self.action_std * (self.predict_action(next_states) + action_noise)
-        actions = actions.clamp(-1, 1)
+    def sample(self, next_states: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+        """States s_t (B, S) and actions a_t (B, A) before `next_states`."""
+        mean = self.predict_action(next_states)
+        actions = self.action_mean + self.action_std * (mean + args.action_noise * torch.randn_like(mean))
+        actions = actions.clamp(-LARGEST_ACTION, LARGEST_ACTION)
         mean, log_std = self.predict_change(actions, next_states)
-        changes = self.change_mean + self.change_std * (mean + log_std.exp() * state_noise)
-        return next_states + changes, actions
+        change = mean + args.state_noise * log_std.exp() * torch.randn_like(mean)
+        return next_states + self.change_mean + self.change_std * change, actions
 
 
 class GoalGAN(nn.Module):
     """Generator (noise -> goal) and discriminator (goal -> how good a goal it is) of Goal GAN (Held et al., 2018).
 
-    Both work on goals in a unit box; the generator's image is twice as wide as the box, and clipped to it.
+    Inside, goals are scaled so that the box from `low` to `high` (G,) is [-1, 1]^G.
     """
-
-    NOISE = 4
 
     def __init__(self, low: np.ndarray, high: np.ndarray):
         super().__init__()
-        self.register_buffer("centre", torch.from_numpy((low + high) / 2).float())
-        self.register_buffer("reach", torch.from_numpy((high - low) / 2).float())
-        self.generator = mlp(self.NOISE, 256, len(low), nn.ReLU)
-        layers = [nn.Linear(len(low), 128), nn.LeakyReLU(0.1), nn.Linear(128, 128), nn.LeakyReLU(0.1)]
-        self.discriminator = nn.Sequential(*layers, nn.Linear(128, 1))
+        self.register_buffer("low", torch.from_numpy(low).float())
+        self.register_buffer("high", torch.from_numpy(high).float())
+        self.generator = mlp(4, 256, len(low), nn.ReLU)
+        self.discriminator = mlp(len(low), 128, 1, lambda: nn.LeakyReLU(0.1))
 
-    def generate(self, noise: torch.Tensor) -> torch.Tensor:
-        """Goals (n, G) in the unit box, or up to twice as far out, made of normal noise (n, 4)."""
-        return 2 * self.generator(noise).tanh()
+    def generate(self, count: int) -> torch.Tensor:
+        """Goals (count, G) from a region twice as wide as the box."""
+        noise = torch.randn(count, 4).to(self.low.device)
+        return (self.low + self.high) / 2 + (self.high - self.low) * self.generator(noise).tanh()
 
-    def goals(self, noise: torch.Tensor, goal_noise: torch.Tensor) -> torch.Tensor:
-        """Goals (n, G) in metres, within the box."""
-        with torch.no_grad():
-            goals = self.centre + self.reach * self.generate(noise) + goal_noise
-        return goals.clamp(self.centre - self.reach, self.centre + self.reach)
-
-    def losses(self, goals: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> tuple:
-        """Losses of the discriminator on goals (n, G) with labels (n,) 0 or 1, and of the generator, least-squares GANs
-        (Mao et al., 2017) with targets 2 y - 1 for goals, -1 for generated ones, and 1 for the generator."""
-        real = self.discriminator((goals - self.centre) / self.reach).squeeze(-1)
-        made = self.generate(noise)
-        fake = self.discriminator(made.detach()).squeeze(-1)
-        judged = self.discriminator(made).squeeze(-1)
-        return ((real - (2 * labels - 1)) ** 2).mean() + ((fake + 1) ** 2).mean(), ((judged - 1) ** 2).mean()
+    def judge(self, goals: torch.Tensor) -> torch.Tensor:
+        """How good the goals (B, G) are, (B,): about 1 for good ones, -1 for bad and for generated ones."""
+        return self.discriminator((2 * goals - self.low - self.high) / (self.high - self.low)).squeeze(-1)
 
 
-def as_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(array).to(device)
+# ------------------------------------------------------------------------------------------------------ buffer
+Rollout = namedtuple("Rollout", "states actions rewards next_states terminated truncated")  # arrays (T, E, ...)
+Tuples = namedtuple("Tuples", "states actions rewards next_states goals")  # tensors (n, ...); states without goals
 
 
-def normal(rng: np.random.Generator, shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
-    return as_tensor(rng.standard_normal(shape, dtype=np.float32), device)
+def add_successes(buffer: Tuples, rollout: Rollout, args: Args) -> Tuples:
+    """B with the steps of those episodes of a rollout that reached their goal, of which the newest --buffer-size stay.
 
-
-# ------------------------------------------------------------------------------------------------------ experience
-
-
-class Rollout(NamedTuple):
-    """What `num_steps` steps of all environments gave, arrays (num_steps, num_envs, ...). States end with the goal."""
-
-    states: np.ndarray
-    actions: np.ndarray  # as the policy drew them; the environments clip them to [-1, 1]
-    rewards: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    next_states: np.ndarray  # the last state of an episode, not the first of the next
-
-
-class Tuples(NamedTuple):
-    """Tuples of trajectories, arrays or tensors (B, ...). States are without goals."""
-
-    states: np.ndarray
-    actions: np.ndarray  # from -1 to 1
-    next_states: np.ndarray
-    goals: np.ndarray
-    times: np.ndarray  # steps since the episode's start
-
-
-class TrajectoryBuffer:
-    """B: the newest trajectories that reached their goal, `capacity` steps in all.
-
-    Every tenth trajectory is held out: the backtracking model never sees it, so that it can be tested on it.
+    A trajectory's steps follow one another, and only its last one has a reward, 1. Actions are kept as the environment
+    carried them out. An episode that the end of the rollout has cut counts as one that did not reach its goal.
     """
-
-    def __init__(self, capacity: int, state_dim: int):
-        self.capacity, self.state_dim = capacity, state_dim
-        self.trajectories: list[Tuples] = []  # oldest first
-        self.number = 0  # of trajectories so far
-
-    def held_out(self) -> list[bool]:
-        """Which of the trajectories are held out."""
-        first = self.number - len(self.trajectories)
-        return [(first + i) % 10 == 9 for i in range(len(self.trajectories))]
-
-    def add(self, rollout: Rollout) -> None:
-        """Adds those of the rollout's episodes that reached their goal."""
-        for i in range(rollout.rewards.shape[1]):
-            start = 0
-            for end in (np.flatnonzero(rollout.terminated[:, i] | rollout.truncated[:, i]) + 1).tolist():
-                if rollout.rewards[end - 1, i] > 0:
-                    states, goals = np.split(rollout.states[start:end, i].copy(), [self.state_dim], axis=-1)
-                    next_states = rollout.next_states[start:end, i, : self.state_dim].copy()
-                    actions = rollout.actions[start:end, i].clip(-1, 1)
-                    self.trajectories.append(Tuples(states, actions, next_states, goals, np.arange(end - start)))
-                    self.number += 1
-                start = end
-        steps = sum(len(tuples.times) for tuples in self.trajectories)
-        while len(self.trajectories) > 1 and steps > self.capacity:
-            steps -= len(self.trajectories.pop(0).times)
-
-    def state_dict(self) -> dict:
-        columns = zip(*self.trajectories, strict=True)
-        lengths = [len(tuples.times) for tuples in self.trajectories]
-        columns = [as_tensor(np.concatenate(column), "cpu") for column in columns]
-        return {"columns": columns, "lengths": lengths, "number": self.number}
-
-    def load_state_dict(self, state: dict) -> None:
-        ends = np.cumsum(state["lengths"], dtype=int)
-        columns = [np.split(column.numpy(), ends[:-1]) for column in state["columns"]]
-        self.trajectories, self.number = [Tuples(*part) for part in zip(*columns, strict=True)], state["number"]
+    success, successes = np.zeros(rollout.rewards.shape[1], dtype=bool), []  # of the episode to which each step belongs
+    for t in reversed(range(len(rollout.rewards))):
+        success = np.where(rollout.terminated[t] | rollout.truncated[t], rollout.rewards[t] > 0, success)
+        successes.append(success)
+    chosen = np.array(successes[::-1]).T  # (E, T), environment by environment
+    states, actions, rewards, next_states = (torch.from_numpy(x.swapaxes(0, 1)[chosen]) for x in rollout[:4])
+    size = buffer.states.shape[1]
+    columns = states[:, :size], actions.clamp(-1, 1), rewards, next_states[:, :size], states[:, size:]
+    return Tuples(*(torch.cat(pair)[-args.buffer_size :].clone() for pair in zip(buffer, columns, strict=True)))
 
 
 # ------------------------------------------------------------------------------------------------------ TRPO
+def act(actor: Actor, states: np.ndarray, greedy: bool = False) -> np.ndarray:
+    """Actions (B, A) of the policy in states (B, S), in numpy, which for few states is twice as fast as torch."""
+    log_std, _, mean, std, w1, b1, w2, b2, w3, b3 = (x.cpu().numpy() for x in actor.state_dict().values())
+    x = ((states - mean) / std).clip(-10, 10)
+    x = np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
+    return x if greedy else x + np.exp(log_std) * torch.randn(x.shape).numpy()
 
 
-@torch.no_grad()
-def greedy_actions(actor: Actor, states: np.ndarray) -> np.ndarray:
-    """The policy's means (B, A) in states (B, S)."""
-    return actor(as_tensor(states, actor.log_std.device))[0].cpu().numpy()
-
-
-def collect_rollout(envs: GoalVectorEnv, actor: Actor, goals: np.ndarray, num_steps: int, rng):
-    """`num_steps` steps of the policy in all environments, from their start; each episode has one of the goals (n, G).
-
-    Returns the Rollout and (return, length) of the episodes that ended.
-    """
-    std, ended = actor.log_std.detach().exp().cpu().numpy(), []
-    noise = std * rng.standard_normal((num_steps, envs.num_envs, len(std)), dtype=np.float32)
-    chosen = rng.integers(len(goals), size=(num_steps + 1, envs.num_envs))  # of an episode that begins at each step
-    states, _ = envs.reset(seed=0, options={"goals": goals[chosen[-1]]})
-    shape = num_steps, envs.num_envs
-    columns = np.empty((*shape, states.shape[1]), np.float32), np.empty_like(noise), np.empty(shape, np.float32)
-    rollout = Rollout(*columns, np.empty(shape, bool), np.empty(shape, bool), np.empty_like(columns[0]))
+def collect_episodes(envs, actor: Actor, goals: torch.Tensor, num_steps: int) -> tuple[Rollout, dict]:
+    """Runs the policy for T = num_steps steps from the start; each episode has one of the goals (n, G), drawn anew.
+    Returns the rollout, and mean return and length of the episodes that ended in it."""
+    drawn = goals[torch.randint(len(goals), (num_steps + 1, envs.num_envs))].numpy()  # for episodes that begin then
+    states, _ = envs.reset(options={"goals": drawn[-1]})
+    steps, ended, lengths = [], [], np.zeros(envs.num_envs)
     for t in range(num_steps):
-        rollout.states[t], rollout.actions[t] = states, greedy_actions(actor, states) + noise[t]
-        envs.next_goals[:], lengths = goals[chosen[t]], envs.steps + 1
-        states, rollout.rewards[t], rollout.terminated[t], rollout.truncated[t], infos = envs.step(rollout.actions[t])
-        rollout.next_states[t] = infos.get("final_obs", states)
-        done = np.flatnonzero(rollout.terminated[t] | rollout.truncated[t])
-        ended += zip(rollout.rewards[t, done].tolist(), lengths[done].tolist(), strict=True)
-    return rollout, ended
-
-
-def successes(envs: GoalVectorEnv, actor: Actor, goals: np.ndarray, episodes: int, rng) -> np.ndarray:
-    """Whether the policy reaches goals (n, G), each tried in so many episodes, (episodes, n)."""
-    std = actor.log_std.detach().exp().cpu().numpy()
-    goals = np.tile(goals, (episodes, 1))  # one job each; an environment that is ready takes the next
-    results, left, taken = np.zeros(len(goals) + 1), len(goals), 2 * envs.num_envs
-    job, next_job = np.arange(taken).clip(max=len(goals)).reshape(2, -1)  # the last number is no job
-    goals = np.concatenate((goals, goals[:1]))
-    states, _ = envs.reset(seed=0, options={"goals": goals[job]})
-    while left:
-        envs.next_goals[:] = goals[next_job]
-        noise = std * rng.standard_normal((envs.num_envs, len(std)), dtype=np.float32)
-        states, rewards, terminated, truncated, _ = envs.step(greedy_actions(actor, states) + noise)
-        for i in np.flatnonzero(terminated | truncated):
-            results[job[i]] = rewards[i]
-            left -= int(job[i] < len(goals) - 1)
-            job[i], next_job[i] = next_job[i], min(taken, len(goals) - 1)
-            taken += 1
-    return results[:-1].reshape(episodes, -1)
+        actions = act(actor, states)
+        next_states, rewards, terminated, truncated, _ = envs.step(actions)
+        steps.append((states, actions, rewards.astype(np.float32), next_states, terminated, truncated))
+        states, lengths, done = next_states, lengths + 1, terminated | truncated
+        if done.any():
+            ended += zip(rewards[done], lengths[done], strict=True)
+            states, _ = envs.reset(options={"goals": drawn[t], "reset_mask": done})
+            lengths[done] = 0
+    names = "charts/episodic_return", "charts/episodic_length"
+    means = dict(zip(names, np.mean(ended, axis=0).tolist(), strict=True)) if ended else {}
+    return Rollout(*map(np.array, zip(*steps, strict=True))), means
 
 
 def generalized_advantages(rollout: Rollout, values, next_values, gamma: float, gae_lambda: float) -> np.ndarray:
-    """GAE (Schulman et al., 2016), (num_steps, num_envs). A time limit cuts the sum, but not the value that follows."""
-    errors = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values
+    """Advantages A_t (T, E) of a rollout, given V(s_t) and V(s_{t+1}), both (T, E) (GAE, Schulman et al., 2016).
+
+    A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t). V(s_{t+1}) counts as 0
+    after a terminated step. A_{t+1} counts as 0 after a terminated or truncated step, and after step T.
+    """
+    advantages = rollout.rewards + gamma * np.where(rollout.terminated, 0, next_values) - values  # delta_t so far
     decay = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
-    advantages, later = np.zeros_like(errors), 0.0
-    for t in reversed(range(len(errors))):
-        advantages[t] = later = errors[t] + decay[t] * later
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
-def kl_divergence(mean, log_std, new_mean, new_log_std) -> torch.Tensor:
-    """KL(old || new) of two Gaussian policies, the mean over all states, ()."""
-    old_var, new_var = (2 * log_std).exp(), (2 * new_log_std).exp()
-    return (new_log_std - log_std + (old_var + (mean - new_mean) ** 2) / (2 * new_var) - 0.5).sum(-1).mean()
+def kl_divergence(old: Normal, new: Normal) -> torch.Tensor:
+    """KL(old || new) of Gaussian policies in n states, their mean over the states, (). Of each of the A numbers of an
+    action it is log(new_std / std) + (std^2 + (mean - new_mean)^2) / (2 new_std^2) - 1/2; these add up."""
+    squares = old.variance + (old.mean - new.mean) ** 2
+    return ((new.stddev / old.stddev).log() + squares / (2 * new.variance) - 0.5).sum(-1).mean()
 
 
 def fisher_matrix(actor: Actor, states: torch.Tensor, damping: float):
@@ -497,26 +341,26 @@ def fisher_matrix(actor: Actor, states: torch.Tensor, damping: float):
     A Gaussian's own Fisher matrix is 1 / std^2 for its mean and 2 for its log std. So F v = J^T diag(1 / std^2) J v for
     the means' Jacobian J, and 2 v for the log std.
     """
-    weights = dict(actor.named_parameters())
-    log_std = weights.pop("log_std").detach()
-    weights = [*weights.values()]
-    means = actor(states)[0]
-    u = torch.zeros_like(means, requires_grad=True)
-    pulled_back = torch.autograd.grad(means, weights, u, create_graph=True)  # J^T u, whose derivative by u is J^T
+    policy, (log_std, *weights) = actor(states), actor.parameters()
+    u = torch.zeros_like(policy.mean, requires_grad=True)
+    pulled_back = parameters_to_vector(torch.autograd.grad(policy.mean, weights, u, create_graph=True))  # J^T u
 
     def product(vector: torch.Tensor) -> torch.Tensor:
-        of_log_std, rest = vector.split((len(log_std), len(vector) - len(log_std)))
-        direction = [part.view_as(w) for part, w in zip(rest.split([w.numel() for w in weights]), weights, strict=True)]
-        (change,) = torch.autograd.grad(pulled_back, u, direction, retain_graph=True)  # J v
-        change = change / (2 * log_std).exp() / len(states)
-        gradient = torch.autograd.grad(means, weights, change, retain_graph=True)  # J^T (...)
+        of_log_std, of_means = vector.split((len(log_std), len(pulled_back)))
+        (change,) = torch.autograd.grad(pulled_back, u, of_means, retain_graph=True)  # J v, as J^T is d(J^T u) / du
+        change = change / policy.variance.detach() / len(states)
+        gradient = torch.autograd.grad(policy.mean, weights, change, retain_graph=True)  # J^T (...)
         return parameters_to_vector((2 * of_log_std, *gradient)) + damping * vector
 
     return product
 
 
 def conjugate_gradients(product, b: torch.Tensor, iterations: int) -> torch.Tensor:
-    """x with product(x) = b for a positive definite matrix, nearly (Hestenes and Stiefel, 1952)."""
+    """x with M x = b, nearly, given the function x -> M x of a positive definite matrix M (Hestenes and Stiefel, 1952).
+
+    Starts at x = 0 with the residual r = b - M x as direction d. Each iteration goes (r^T r / d^T M d) d, to where
+    x^T M x / 2 - b^T x is least along d. The next d is the new r + (new r^T r / r^T r) d. If r is 0, it ends earlier.
+    """
     x, residual, direction = torch.zeros_like(b), b.clone(), b.clone()
     square = residual @ residual
     for _ in range(iterations):
@@ -531,724 +375,504 @@ def conjugate_gradients(product, b: torch.Tensor, iterations: int) -> torch.Tens
     return x
 
 
+@torch.no_grad()
+def line_search(actor: Actor, step: torch.Tensor, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
+    """Adds to the actor's weights the longest step that stays in the trust region and improves the policy.
+
+    Tried are `step` (a flat vector), 0.8 `step`, 0.64 `step` and so on, --line-search-steps in all. The first is taken
+    for which the mean KL divergence from the old policy to the new one is at most --max-kl and the surrogate, the mean
+    of A pi_new(a | s) / pi_old(a | s), is larger than before. If there is none, the weights stay as they were.
+    """
+    old_actor, old_policy = deepcopy(actor), actor(states)
+    steps = step.split([weight.numel() for weight in actor.parameters()])
+    for i in range(args.line_search_steps):
+        for weight, old, part in zip(actor.parameters(), old_actor.parameters(), steps, strict=True):
+            weight.copy_(old + 0.8**i * part.view_as(old))
+        policy = actor(states)
+        ratios = (policy.log_prob(actions) - old_policy.log_prob(actions)).sum(-1).exp()
+        gain, kl = (advantages * ratios).mean() - advantages.mean(), kl_divergence(old_policy, policy)
+        if gain > 0 and kl <= args.max_kl:
+            return {"losses/policy_loss": -gain, "losses/kl": kl, "losses/line_search_steps": i}
+    actor.load_state_dict(old_actor.state_dict())
+    return {"losses/policy_loss": 0.0, "losses/kl": 0.0, "losses/line_search_steps": args.line_search_steps}
+
+
 def update_actor(actor: Actor, states, actions, advantages, args: Args) -> dict[str, torch.Tensor]:
-    """One natural gradient step within the trust region (Schulman et al., 2015) on states (n, S), actions (n, A) and
-    advantages (n,); returns losses."""
-    weights = parameters_to_vector(actor.parameters()).detach()
-    old_policy = [part.detach() for part in actor(states)]
-    old_log_probs = actor.log_prob(states, actions)
-    # The ratio pi / pi_old is 1 here, but its gradient is that of log pi.
-    surrogate = (advantages * (old_log_probs - old_log_probs.detach()).exp()).mean()
+    """One natural gradient step (Schulman et al., 2015) for states (n, S), actions (n, A) and advantages (n,)."""
+    surrogate = (advantages * actor(states).log_prob(actions).sum(-1)).mean()  # whose gradient is the policy gradient
     gradient = parameters_to_vector(torch.autograd.grad(surrogate, [*actor.parameters()]))
     product = fisher_matrix(actor, states, args.cg_damping)
     direction = conjugate_gradients(product, gradient, args.cg_iterations)
     step = direction * (2 * args.max_kl / (direction @ product(direction)).clamp(min=1e-20)).sqrt()
-    with torch.no_grad():
-        for i in range(args.line_search_steps):
-            vector_to_parameters(weights + 0.8**i * step, actor.parameters())
-            gain = (advantages * (actor.log_prob(states, actions) - old_log_probs).exp()).mean() - surrogate
-            kl = kl_divergence(*old_policy, *actor(states))
-            if gain > 0 and kl <= args.max_kl:
-                break
-        else:
-            vector_to_parameters(weights, actor.parameters())
-            gain, kl, i = torch.zeros(()), torch.zeros(()), args.line_search_steps
-    entropy = (actor.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().detach()
-    losses = {"policy_loss": -gain, "kl": kl, "entropy": entropy, "line_search_steps": torch.tensor(float(i))}
-    return {f"losses/{name}": loss for name, loss in losses.items()}
+    losses = line_search(actor, step, states, actions, advantages, args)
+    return losses | {"losses/entropy": actor(states[:1]).entropy().sum().detach()}
 
 
-def update_critic(critic: Critic, optimizer, states, returns, args: Args, rng) -> dict[str, torch.Tensor]:
-    """Regression of V(s) on the returns (n,) of states (n, S), in units of their running variance."""
-    critic.rescale(returns)
-    states, targets = critic.normaliser(states), (returns.unsqueeze(-1) - critic.scale.mean) / critic.scale.std
-    for _ in range(args.critic_epochs):
-        for rows in as_tensor(rng.permutation(len(states)), args.device).split(args.critic_batch_size):
-            loss = F.mse_loss(critic.net(states[rows]), targets[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return {"losses/value_loss": loss.detach()}
-
-
-def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args, rng) -> dict[str, torch.Tensor]:
-    """One iteration of trust region policy optimization; returns losses."""
-    states, next_states, actions = (
-        as_tensor(column, args.device).flatten(0, 1)
-        for column in (rollout.states, rollout.next_states, rollout.actions)
-    )
+def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args: Args) -> dict[str, torch.Tensor]:
+    """One iteration on a rollout: a step of the actor, then regression of V(s) on A + V_old(s); returns losses."""
+    states, actions, _, next_states = (torch.from_numpy(x).to(args.device).flatten(0, 1) for x in rollout[:4])
     with torch.no_grad():
         values, next_values = (critic(s).cpu().numpy().reshape(rollout.rewards.shape) for s in (states, next_states))
     advantages = generalized_advantages(rollout, values, next_values, args.gamma, args.gae_lambda)
-    returns = as_tensor((advantages + values).ravel(), args.device)
-    advantages = as_tensor(advantages.ravel(), args.device)
+    explained_variance = 1 - float(advantages.var() / (advantages + values).var().clip(1e-8))
+    returns, advantages = (torch.from_numpy(x).to(args.device).flatten() for x in (advantages + values, advantages))
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     losses = update_actor(actor, states, actions, advantages, args)
-    losses |= update_critic(critic, optimizer, states, returns, args, rng)
-    left = (returns - as_tensor(values.ravel(), args.device)).var()
-    return losses | {"losses/explained_variance": 1 - left / returns.var().clamp(min=1e-8)}
+    critic.rescale(returns)
+    states, targets = critic.normaliser(states), (returns.unsqueeze(-1) - critic.scale.mean) / critic.scale.std
+    for _ in range(args.critic_epochs):
+        for rows in torch.randperm(len(states)).to(args.device).split(args.critic_batch_size):
+            value_loss = nn.functional.mse_loss(critic.net(states[rows]), targets[rows])
+            optimizer.zero_grad()
+            value_loss.backward()
+            optimizer.step()
+    return losses | {"losses/value_loss": value_loss.detach(), "losses/explained_variance": explained_variance}
 
 
 # ------------------------------------------------------------------------------------------------------ goals
+@torch.no_grad()
+def draw_goals(gan: GoalGAN, count: int, args: Args) -> torch.Tensor:
+    """New goals (count, G): generated, then with normal noise of std --goal-noise added, and clipped to the box."""
+    goals = gan.generate(count)
+    return (goals + args.goal_noise * torch.randn_like(goals)).clamp(gan.low, gan.high).cpu()
 
 
-class GoalReplay:
-    """Goals of once intermediate difficulty and places where the agent was, no two closer than `distance`."""
-
-    def __init__(self, goal_dim: int, distance: float):
-        self.goals, self.distance = np.zeros((0, goal_dim)), distance
-
-    def add(self, goals: np.ndarray) -> None:
-        """Adds those of the goals (n, G), in their order, that are far enough from all others."""
-        for goal in self.goals:
-            goals = goals[((goals - goal) ** 2).sum(-1) >= self.distance**2]
-        while len(goals):
-            goal, goals = goals[0], goals[1:]
-            self.goals = np.concatenate((self.goals, goal[None]))
-            goals = goals[((goals - goal) ** 2).sum(-1) >= self.distance**2]
-
-    def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """At most so many of them, each at most once."""
-        return self.goals[rng.permutation(len(self.goals))[:count]]
-
-    def state_dict(self) -> dict:
-        return {"goals": torch.from_numpy(self.goals.copy())}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.goals = state["goals"].numpy()
+def goal_labels(rates: torch.Tensor, args: Args) -> torch.Tensor:
+    """Which goals are good, given how often each was reached, (n,): 1 for goals of intermediate difficulty, whose rate
+    lies strictly between --least-success and --most-success, 0 for others."""
+    return ((rates > args.least_success) & (rates < args.most_success)).float()
 
 
-def draw_goals(gan: GoalGAN, count: int, args: Args, rng: np.random.Generator) -> np.ndarray:
-    """New goals (count, G): generated, or uniform in the box."""
-    low, high = (gan.centre - gan.reach).cpu().numpy(), (gan.centre + gan.reach).cpu().numpy()
-    if args.goals == "uniform":
-        return rng.uniform(low, high, (count, len(low)))
-    noise, goal_noise = normal(rng, (count, gan.NOISE), args.device), normal(rng, (count, len(low)), args.device)
-    return gan.goals(noise, args.goal_noise * goal_noise).cpu().numpy().astype(np.float64)
+def discriminator_loss(gan: GoalGAN, goals, labels, generated: torch.Tensor) -> torch.Tensor:
+    """Least-squares loss (Mao et al., 2017) of D, which is to be 1 for goals (B, G) with label 1, and -1 for those with
+    label 0 and for generated ones: the mean of (D(g) - (2 y - 1))^2 plus the mean of (D(G(z)) + 1)^2."""
+    return ((gan.judge(goals) - (2 * labels - 1)) ** 2).mean() + ((gan.judge(generated) + 1) ** 2).mean()
 
 
-def update_goal_gan(gan: GoalGAN, optimizers, goals: np.ndarray, labels: np.ndarray, args: Args, rng) -> dict:
-    """`--gan-updates` steps of discriminator and generator on goals (n, G) with labels (n,); returns losses."""
-    goals, labels = (as_tensor(np.asarray(x, dtype=np.float32), args.device) for x in (goals, labels))
+def generator_loss(gan: GoalGAN, generated: torch.Tensor) -> torch.Tensor:
+    """Least-squares loss of G, whose goals are to look good to D: the mean of (D(G(z)) - 1)^2."""
+    return ((gan.judge(generated) - 1) ** 2).mean()
+
+
+def update_goal_gan(gan: GoalGAN, optimizers, goals: torch.Tensor, labels: torch.Tensor, args: Args) -> dict:
+    """--gan-updates steps of D and then of G, on batches of the goals (n, G) with labels (n,); returns losses.
+    They go in turns, as with both at once the generated goals collapse to one place."""
+    goals, labels = goals.to(gan.low.device), labels.to(gan.low.device)
     for _ in range(args.gan_updates):
-        rows = as_tensor(rng.integers(len(goals), size=args.gan_batch_size), args.device)
-        noise = normal(rng, (args.gan_batch_size, gan.NOISE), args.device)
-        for optimizer, which in zip(optimizers, (0, 1), strict=True):
-            loss = gan.losses(goals[rows], labels[rows], noise)[which]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    discriminator_loss, generator_loss = gan.losses(goals[rows], labels[rows], noise)
-    losses = {"discriminator_loss": discriminator_loss, "generator_loss": generator_loss}
-    return {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+        rows, generated = torch.randint(len(goals), (args.gan_batch_size,)), gan.generate(args.gan_batch_size)
+        of_discriminator = discriminator_loss(gan, goals[rows], labels[rows], generated.detach())
+        optimizers["discriminator"].zero_grad()
+        of_discriminator.backward()
+        optimizers["discriminator"].step()
+        of_generator = generator_loss(gan, generated)
+        optimizers["generator"].zero_grad()
+        of_generator.backward()
+        optimizers["generator"].step()
+    return {"losses/discriminator_loss": of_discriminator.detach(), "losses/generator_loss": of_generator.detach()}
+
+
+def keep_for_replay(old_goals: torch.Tensor, goals: torch.Tensor, distance: float) -> torch.Tensor:
+    """Old goals (m, G) and those of the goals (n, G), in their order, that are at least `distance` from all before."""
+    waiting, kept = torch.cat((old_goals, goals)), []
+    while len(waiting):
+        first, rest = waiting[0], waiting[1:]
+        kept.append(first)
+        waiting = rest[(rest - first).norm(dim=-1) >= distance]
+    return torch.stack(kept)
+
+
+def success_rates(envs, actor: Actor, goals: torch.Tensor, episodes: int) -> torch.Tensor:
+    """Whether the policy, with its noise, reaches each of the goals (n, G), in so many episodes each, (episodes, n)."""
+    goals, results = goals.repeat(episodes, 1).numpy(), []
+    for first in range(0, len(goals), envs.num_envs):  # one episode in each environment
+        rows = np.arange(first, first + envs.num_envs) % len(goals)  # the last ones may be too many
+        states, _ = envs.reset(options={"goals": goals[rows]})
+        running, actions = np.ones(len(rows), dtype=bool), np.zeros(envs.action_space.shape, np.float32)
+        success = np.zeros(len(rows), np.float32)
+        while running.any():
+            actions[running] = act(actor, states[running])
+            states, rewards, terminated, truncated, _ = envs.step(actions)
+            success[running] = rewards[running]
+            running &= ~(terminated | truncated)
+        results.append(success)
+    return torch.from_numpy(np.concatenate(results)[: len(goals)]).view(episodes, -1)
+
+
+def visited_places(env, actor: Actor, gan: GoalGAN, args: Args) -> torch.Tensor:
+    """Places (n, G) that the policy comes to in a rollout, whose goals are uniform in the box."""
+    goals = gan.low + (gan.high - gan.low) * torch.rand(1000, env.goal_dim).to(gan.low.device)
+    envs = make_envs(args, args.num_envs, args.max_episode_steps, step=0)
+    rollout, _ = collect_episodes(envs, actor, goals.cpu(), args.num_steps)
+    return torch.from_numpy(rollout.states[..., env.places]).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
+def high_value_states(env, gan: GoalGAN, poses, buffer: Tuples, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (n, S), and their goals (n, G), that the Goal GAN calls valuable (Alg. 2), for all traces of a phase.
 
-
-def successful_tuples(buffer: TrajectoryBuffer, device: str, held_out: bool = False) -> Tuples | None:
-    """The tuples of the trajectories that reached their goal (Alg. 1, line 8), or of those that are held out."""
-    chosen = [tuples for tuples, held in zip(buffer.trajectories, buffer.held_out(), strict=True) if held == held_out]
-    if not chosen:
-        return None
-    return Tuples(*(as_tensor(np.concatenate(column), device) for column in zip(*chosen, strict=True)))
-
-
-def high_value_states(envs, gan: GoalGAN, poses: np.ndarray | None, buffer: TrajectoryBuffer, count: int, args, rng):
-    """States (count, S), and their goals (count, G), that the Goal GAN calls valuable (Alg. 2, lines 2 to 4).
-
-    Of twice as many goals these are the half nearer to goals that have been reached; others may lie in walls. D turns a
-    goal into a state that has just reached it, at the offset at which the trajectory with the nearest goal (the oldest,
-    if several had that one) ended from its own: an ant in a pose of `poses`, or a point with that trajectory's last
-    velocity.
+    Of twice as many goals these are the half nearer to goals that have been reached; others may lie in walls. An
+    episode ends not at its goal but near it. So D puts the agent at the same offset from the goal at which the
+    trajectory with the nearest goal (the oldest, if several had that one) ended from its own. In an environment without
+    a D, the states are those in which these trajectories ended, with the trajectories' goals.
     """
-    goals = draw_goals(gan, 2 * count, args, rng)  # Alg. 2, line 2
-    reached, oldest = np.unique([tuples.goals[-1] for tuples in buffer.trajectories], axis=0, return_index=True)
-    ends = np.stack([buffer.trajectories[i].next_states[-1] for i in oldest])
-    distances, nearest = KDTree(reached).query(goals)
-    chosen = rng.permutation(distances.argsort(stable=True)[:count])
-    goals, nearest = goals[chosen], nearest[chosen]
-    places = goals + (ends[:, envs.places] - reached)[nearest]
-    if args.env_id == "AntUMaze-v0":  # Alg. 2, line 3
-        states = envs.decode(places, poses[rng.integers(len(poses), size=count)])
-    else:
-        states = np.concatenate((places, ends[nearest, places.shape[1] :]), axis=1)
-    return tuple(as_tensor(x.astype(np.float32), args.device) for x in (states, goals))  # Alg. 2, line 4
+    count, ends = args.num_traces * args.recall_updates, buffer.rewards > 0
+    goals = draw_goals(gan, 2 * count, args)  # Alg. 2, line 2
+    reached, oldest = np.unique(buffer.goals[ends].numpy(), axis=0, return_index=True)
+    reached, ends = torch.from_numpy(reached), buffer.next_states[ends][oldest]
+    distances, nearest = torch.cdist(goals, reached).min(dim=1)
+    chosen = distances.argsort()[:count][torch.randperm(count)]
+    goals, ends, reached = goals[chosen], ends[nearest[chosen]], reached[nearest[chosen]]
+    if not env.knows_places:
+        return ends, reached  # Alg. 2, line 6
+    return decode(env, goals + ends[:, env.places] - reached, ends, poses), goals  # Alg. 2, lines 3 and 4
 
 
-def update_backtracking_model(model: BacktrackingModel, optimizer, batch: Tuples) -> dict[str, torch.Tensor]:
-    """One maximum likelihood step on some of the successful tuples (Alg. 1, line 9); returns losses."""
+def decode(env, places: torch.Tensor, ends: torch.Tensor, poses: np.ndarray | None) -> torch.Tensor:
+    """D: g -> s, states (n, S) of agents at the places (n, G): an ant in a pose drawn from `poses`, so "a valid random
+    joint-angle configuration at that goal position"; a point with the velocity of the state in `ends` (n, S)."""
+    if poses is not None:
+        ants = poses[torch.randint(len(poses), (len(places),)).numpy()]
+        return torch.from_numpy(env.unwrapped.envs.put(ants, places.numpy())).float()
+    states = ends.clone()
+    states[:, env.places] = places
+    return states
+
+
+def update_backtracking_model(model: BacktrackingModel, optimizer, tuples, args: Args) -> dict[str, torch.Tensor]:
+    """One maximum likelihood step on a uniformly drawn batch of the valuable tuples; returns losses."""
+    rows = torch.randint(len(tuples.rewards), (args.backtracking_batch_size,), device=tuples.rewards.device)
+    batch = tuples._make(column[rows] for column in tuples)
     of_actions, of_changes = model.log_prob(batch.states, batch.actions, batch.next_states)
-    losses = {"recall/action_nll": -of_actions.mean(), "recall/state_nll": -of_changes.mean()}
-    losses["recall/backtracking_loss"] = sum(losses.values())  # Eq. (2)
+    backtracking_loss = -(of_actions + of_changes).mean()  # Eq. (2), its mean over the batch
     optimizer.zero_grad()
-    losses["recall/backtracking_loss"].backward()
+    backtracking_loss.backward()
     optimizer.step()
-    return {name: loss.detach() for name, loss in losses.items()}
+    losses = {"backtracking_loss": backtracking_loss, "action_nll": -of_actions.mean(), "state_nll": -of_changes.mean()}
+    return {f"recall/{name}": loss.detach() for name, loss in losses.items()}
 
 
 @torch.no_grad()
-def recall_traces(model: BacktrackingModel, starts: torch.Tensor, length: int, args: Args, rng: np.random.Generator):
-    """Unrolls the backtracking model from the states `starts` (N, S) backwards (section 2.1; Alg. 1, line 11).
+def recall_traces(model: BacktrackingModel, starts: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
+    """Unrolls the model backwards from N high-value states `starts` (N, S), for T = --trace-length steps.
 
-    Returns states (length, N, S) and actions (length, N, A), ordered from the high-value state backwards, and which of
-    them belong to a trace (length, N): it ends where it leaves the data that the model has learned from.
+    A step draws a_t ~ q(a_t | s_{t+1}), then ds_t ~ q(ds_t | a_t, s_{t+1}); s_t = s_{t+1} + ds_t. A trace ends where
+    s_t is further than --trace-limit standard deviations from the mean of the tuples that the model has learned from.
+    Returns states (T, N, S) and actions (T, N, A), those one step before the starts first, and which of them belong to
+    a trace that has not ended, (T, N).
     """
     states, actions, inside, next_states = [], [], [], starts
-    reach = args.trace_limit * model.state_std
-    for _ in range(length):
-        action_noise = args.action_noise * normal(rng, (len(starts), len(model.action_mean)), starts.device)
-        state_noise = args.state_noise * normal(rng, starts.shape, starts.device)
-        next_states, action = model.sample(next_states, action_noise, state_noise)
+    for _ in range(args.trace_length):
+        next_states, action = model.sample(next_states, args)
         states.append(next_states)
         actions.append(action)
-        inside.append(((next_states - model.state_mean).abs() <= reach).all(-1))
-        # One that has left is of no more use; it waits at the border, so that its numbers stay finite.
-        next_states = next_states.clamp(model.state_mean - reach, model.state_mean + reach)
+        inside.append(((next_states - model.state_mean).abs() <= args.trace_limit * model.state_std).all(-1))
     return torch.stack(states), torch.stack(actions), torch.stack(inside).cumprod(0).bool()
 
 
-def outside(places: torch.Tensor, goals: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """Where the goals (N, G) have not been reached yet, (length, N); there an episode to them would go on."""
-    return ((places - goals) ** 2).sum(-1) >= tolerance**2
+def relabel(env, states: torch.Tensor, goals: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States of traces (T, N, S) with the goals (N, G) of their traces appended; and which of them are imitated (T, N):
+    those inside whose goal has not been reached yet, as an episode ends there."""
+    goals = goals.expand(len(states), -1, -1)
+    far = ~env.reached(states[inside][:, env.places].cpu().numpy(), goals[inside].cpu().numpy())
+    far = torch.from_numpy(far).to(inside.device)
+    return torch.cat((states, goals), dim=-1), inside.masked_scatter(inside, far)
 
 
-def split_traces(states, goals, actions, in_trace, num_traces: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The pairs (n, S + G) and (n, A) of so many traces (length, N, ...) at a time, which end at goals (N, G)."""
-    states = torch.cat((states, goals.expand(len(states), *goals.shape)), dim=-1)  # relabelled
-    parts = zip(*(column.split(num_traces, dim=1) for column in (states, actions, in_trace)), strict=True)
-    return [(states[inside], actions[inside]) for states, actions, inside in parts]
-
-
-def imitate(actor: Actor, optimizer, traces: list, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
-    """Steps that raise log pi(a | s) on the pairs of traces (Alg. 1, lines 12 and 13), shortened until the policy has
-    changed by no more than --imitation-kl on the states (n, S) of the last rollout; returns losses."""
-    before = parameters_to_vector(actor.parameters()).detach()
-    old_policy, losses = [part.detach().clone() for part in actor(states)], {}
-    for trace_states, actions in traces:
-        if len(actions) == 0:
-            continue
-        loss = -actor.log_prob_of_clipped(trace_states, actions).mean()  # Eq. (3), its mean over the pairs
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses["recall/imitation_loss"] = loss.detach()
-    with torch.no_grad():
-        change = parameters_to_vector(actor.parameters()) - before
-        while (kl := kl_divergence(*old_policy, *actor(states))) > args.imitation_kl:
-            change *= 0.8
-            vector_to_parameters(before + change, actor.parameters())
-    return losses | {"recall/imitation_kl": kl}
-
-
-class Comparison(NamedTuple):
-    """Imagined and real backward trajectories from the same high-value states, (length, N, ...)."""
-
-    starts: torch.Tensor  # (N, S)
-    real: torch.Tensor
-    known: torch.Tensor  # where there is a real predecessor, one of the same episode
-    imagined: torch.Tensor
-    in_trace: torch.Tensor
+def imitate(actor: Actor, optimizer, states, actions, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One step that raises log pi(a | s) of the recall traces' states and actions; returns its loss."""
+    trace_length = {"recall/trace_length": inside.sum() / inside.shape[1]}
+    if not inside.any():  # all traces have left the data at once
+        return trace_length
+    imitation_loss = -actor.log_prob_of_clipped(states[inside], actions[inside]).mean()  # Eq. (3), its mean
+    optimizer.zero_grad()
+    imitation_loss.backward()
+    optimizer.step()
+    return trace_length | {"recall/imitation_loss": imitation_loss.detach()}
 
 
 @torch.no_grad()
-def compare_traces(model: BacktrackingModel, buffer: TrajectoryBuffer, length: int, args: Args, rng):
-    """Recall traces beside what really led to the goals of trajectories that the model has not learned from."""
-    tuples = successful_tuples(buffer, args.device, held_out=True)
-    if tuples is None:
-        return None
-    ends = torch.nonzero(tuples.times.diff(append=tuples.times.new_zeros(1)) <= 0).squeeze(-1)[-256:]
-    steps = torch.arange(length, device=args.device)[:, None]
-    known, starts = tuples.times[ends] >= steps, tuples.next_states[ends]
-    real = tuples.states[(ends - steps).clamp(min=0)]
-    imagined, _, in_trace = recall_traces(model, starts, length, args, rng)
-    return Comparison(starts, real, known, imagined, in_trace)
+def limit_change(actor: Actor, old_actor: Actor, states: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
+    """Takes back a fifth of a change, and again, until KL(old || new) in states (n, S) is at most --imitation-kl."""
+    while (kl := kl_divergence(old_actor(states), actor(states))) > args.imitation_kl:
+        for weight, old in zip(actor.parameters(), old_actor.parameters(), strict=True):
+            weight.lerp_(old, 0.2)
+    return {"recall/imitation_kl": kl}
 
 
-def trace_errors(model: BacktrackingModel, compared: Comparison) -> torch.Tensor:
-    """Root mean square distance of imagined from real predecessors, in standard deviations of the states, (length,)."""
-    distances = ((compared.imagined - compared.real) / model.state_std).square().mean(-1).sqrt()
-    counted = (compared.known & compared.in_trace).float()
-    return (counted * distances).sum(-1) / counted.sum(-1)  # nan where there is none
+# ------------------------------------------------------------------------------------------------------ environment
+MAZES = ("AntUMaze-v0", "PointUMaze-v0")
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment, with vectors of state and goal, and of actions from -1 to 1."""
+    if render_mode and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+    options = {"render_mode": render_mode, "dims": args.dims, "contact_forces": args.contact_forces}
+    options |= {"max_episode_steps": args.max_episode_steps, "disable_env_checker": True}
+    env = gym.make(args.env_id, **{name: value for name, value in options.items() if value})
+    return gym.wrappers.RecordEpisodeStatistics(GoalWrapper(env))
 
 
-def evaluation_goals(envs: GoalVectorEnv, args: Args) -> np.ndarray:
-    """Those on which coverage is measured: 112 in the mazes, 50 uniform ones in the box of the point mass."""
-    if args.env_id != "PointMass-v0":
-        return coverage_goals()
-    return np.stack([envs.draw_goal(np.random.default_rng([0, i])) for i in range(50)])
+def make_envs(args: Args, num_envs: int, time_limit: int, step: int) -> gym.vector.VectorEnv:
+    """Many environments side by side: `num_envs`, but at most --num-envs if they are stepped one after another."""
+    num_envs = num_envs if args.env_id in AS_ARRAYS else min(num_envs, args.num_envs)
+    options = {"max_episode_steps": time_limit, "dims": args.dims, "contact_forces": args.contact_forces}
+    options |= {"num_threads": args.env_threads} if args.env_id == "AntUMaze-v0" else {}
+    envs = make_goal_envs(args.env_id, num_envs, {name: value for name, value in options.items() if value})
+    envs.reset(seed=np.random.SeedSequence((args.seed, step)).generate_state(1).item())
+    return envs
 
 
-def draw_curve(evaluations: list[tuple[int, float]], batch: int, title: str) -> Figure:
-    """Coverage against outer iterations of `batch` steps, with the environment steps above."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    steps, coverage = zip(*evaluations, strict=True)
-    ax.plot(np.array(steps) / batch, coverage, marker=".")
-    ax.set(title=title, xlabel="outer iterations", ylabel="coverage", ylim=(0, 1))
-    ax.secondary_xaxis("top", functions=(lambda x: x * batch / 1e6, lambda x: x * 1e6 / batch)).set_xlabel(
-        "million environment steps"
-    )
-    return figure
+def measure_coverage(env, actor: Actor, args: Args) -> torch.Tensor:
+    """Whether the policy, with its noise, reaches the goals of an evaluation, (episodes, n): 112 in the mazes, 50 that
+    the environment itself sets elsewhere. Draws no random number of training."""
+    goals = torch.tensor(coverage_goals() if args.env_id in MAZES else env.own_goals(50)).float()
+    episodes = args.eval_episodes or 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        return success_rates(make_envs(args, episodes * len(goals), args.eval_steps, step=0), actor, goals, episodes)
 
 
-def write_video(path: Path, args: Args, actor: Actor) -> None:
-    """Writes an episode of the greedy agent as a GIF, on its way to the far end of the maze or to a goal in the box."""
-    envs = make_envs(args, 1)
-    goal = FREE[4] if args.env_id != "PointMass-v0" else evaluation_goals(envs, args)[0]
-    states, _ = envs.reset(seed=args.seed, options={"goals": goal[None]})
-    frames = [Image.fromarray(envs.image())]
-    for step in range(envs.max_steps):
-        states, _, terminated, truncated, _ = envs.step(greedy_actions(actor, states))
-        if terminated[0] or truncated[0]:
-            break
-        if step % 2:
-            frames.append(Image.fromarray(envs.image()))
-    envs.close()
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0)
+def write_video(path: Path, actor: Actor, args: Args) -> None:
+    """Writes --eval-episodes greedy episodes as a GIF, each to a goal that the environment sets."""
+    env, frames = make_env(args, "rgb_array"), []
+    fps = env.metadata.get("render_fps") or 25
+    every = max(1, round(fps / 25))  # steps from frame to frame
+    for i in range(args.eval_episodes or 3):
+        step, (state, info) = 0, env.reset(seed=args.seed + i)
+        while "episode" not in info:
+            if step % every == 0:
+                frames.append(Image.fromarray(env.render()))
+            state, _, _, _, info = env.step(act(actor, state[None], greedy=True)[0])
+            step += 1
+    env.close()
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 * every / fps, loop=0)
 
 
-def draw_traces(model: BacktrackingModel, compared: Comparison, envs: GoalVectorEnv, args: Args) -> Figure:
-    """Imagined and real backward trajectories over the maze (or two dimensions of the box), and the error by step."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    plane, errors = figure.subplots(1, 2)
-    if args.env_id != "PointMass-v0":
-        draw_maze(plane)
-    starts, real, imagined = (x[..., envs.places][..., :2] for x in (compared.starts, compared.real, compared.imagined))
-    shown = compared.known.sum(0).argsort(descending=True, stable=True)[:32].tolist()
-    for label, states, kept, style in (
-        ("real", real, compared.known, "k-"),
-        ("imagined", imagined, compared.in_trace, "C1-"),
-    ):
-        for n, i in enumerate(shown):
-            way = torch.cat((starts[None, i], states[:, i][kept[:, i]]))
-            plane.plot(*way.T.cpu().numpy(), style, lw=1, alpha=0.7, marker=".", ms=3, label=None if n else label)
-    plane.plot(*starts[shown].T.cpu().numpy(), "C0*", ms=9, ls="", label="high-value state")
-    plane.set(title="Backward trajectories from high-value states", xlabel="x [m]", ylabel="y [m]")
-    still = compared._replace(imagined=compared.starts.expand_as(compared.real))
-    steps = np.arange(1, len(compared.real) + 1)
-    errors.plot(steps, trace_errors(model, compared).cpu(), "C1", marker=".", label="imagined")
-    errors.plot(steps, trace_errors(model, still).cpu(), "k--", label="standing still")
-    survival = compared.in_trace.float().mean(-1).cpu()
-    errors.plot(steps, survival, "C2:", label="share of traces inside the data")
-    errors.set(title="Distance from the real predecessors", xlabel="steps back", ylim=(0, None))
-    errors.set_ylabel("standard deviations of the states")
-    plane.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
-    errors.legend()
-    return figure
+def try_out(args: Args) -> tuple[int, int]:
+    """Tries the device, and a step and a frame of the environment; returns the sizes of states and actions."""
+    tried = f"--device {args.device}"
+    try:
+        torch.zeros(1, device=args.device)
+        options = " --no-contact-forces" * (not args.contact_forces) + " --capture-video" * args.capture_video
+        tried = f"--env-id {args.env_id}{options}"
+        env = make_env(args, "rgb_array" if args.capture_video else None)
+        state, _ = env.reset(seed=args.seed)
+        env.step(np.zeros(env.action_space.shape, np.float32))
+        if args.capture_video:
+            Image.fromarray(env.render()).quantize()
+        env.close()
+    except Exception as error:  # each device, environment and renderer has its own
+        raise UsageError(f"{tried}: {' '.join(str(error).split())}") from None
+    return len(state), env.action_space.shape[0]
 
 
-# ------------------------------------------------------------------------------------------------------ checkpoint
+# ------------------------------------------------------------------------------------------------------ run
+RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_goalgan_ant__{recall}__seed{seed}", None  # see with_defaults
+AT_LEAST = {"seed": 0, "num_steps": 2, "num_replayed_goals": 0, "dims": 2, "max_kl": 1e-37}  # others: 1 for int, 0
+AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "least_success": 1, "most_success": 1, "dims": 6}
+MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes", "env_threads")
 
 
-def fail(message: str) -> None:
-    """Ends the program with one line that names the flag and what would be accepted, and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+class UsageError(ValueError):
+    """A wrong argument, in one line that names its flag and what is accepted."""
 
 
-MAX_STEPS = {"AntUMaze-v0": 500, "PointUMaze-v0": 200, "PointMass-v0": 200}
-NUM_ENVS = {"AntUMaze-v0": 200, "PointUMaze-v0": 100, "PointMass-v0": 100}
+def read_args(args: Args) -> Args:
+    """The arguments of the run in --resume or --evaluate; of the given ones only those that may change."""
+    folder = args.resume or args.evaluate
+    given = {name: value for name in MAY_CHANGE if (value := getattr(args, name))}
+    try:
+        return replace(Args(**json.loads(Path(folder, "args.json").read_text())), run_dir=folder, **given)
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(f"--resume and --evaluate need the folder of a run of this script: {error}") from None
 
 
-def make_envs(args: Args, num_envs: int, evaluation: bool = False) -> GoalVectorEnv:
-    max_steps = 400 if evaluation and args.env_id == "AntUMaze-v0" else MAX_STEPS[args.env_id]
-    options = {"max_steps": args.max_steps or max_steps}
-    if args.env_id == "AntUMaze-v0":
-        options |= {"contact_forces": args.contact_forces, "num_threads": args.env_threads}
-    elif args.env_id == "PointMass-v0":
-        options["dims"] = args.dims
-    return gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **options)
+def check(args: Args) -> Args:
+    """The arguments of the run. Raises UsageError for one that is out of range, or differs from the resumed run's."""
+    run = read_args(args) if args.resume or args.evaluate else args
+    nothing_else_given = args == Args(**{name: getattr(args, name) for name in MAY_CHANGE})  # Args(resume=...)
+    for name, value in vars(run).items():
+        flag, given = f"--{name.replace('_', '-')}", getattr(args, name)
+        least, most = AT_LEAST.get(name, int(type(value) is int)), AT_MOST.get(name, sys.float_info.max)
+        if type(value) in (int, float) and not least <= value <= most:
+            raise UsageError(f"{flag} must be from {least} to {most:.4g}, got {value}")
+        if given not in (None, "", value) and not nothing_else_given:
+            raise UsageError(f"{flag} cannot change, it is {value} in {run.run_dir}, got {given}")
+    return replace(run, total_timesteps=run.total_timesteps or TOTAL_TIMESTEPS)
 
 
-def with_defaults(args: Args) -> Args:
-    """Fills in what depends on the environment (Held et al., 2018; App. D)."""
-    ant = args.env_id == "AntUMaze-v0"
-    num_envs = args.num_envs or NUM_ENVS[args.env_id]
-    num_steps = args.num_steps or args.max_steps or MAX_STEPS[args.env_id]
-    batch = num_envs * num_steps
-    return replace(
-        args,
-        num_envs=num_envs,
-        num_steps=num_steps,
-        trace_length=args.trace_length or (50 if ant else 20),
-        imitation_kl=(0.005 if ant else 0.02) if args.imitation_kl is None else args.imitation_kl,
-        learn_std=args.env_id != "PointUMaze-v0" if args.learn_std is None else args.learn_std,
-        total_timesteps=args.total_timesteps or 40 * args.inner_iterations * batch,
-        eval_every=args.eval_every or args.inner_iterations * batch,
-        checkpoint_every=args.checkpoint_every or batch,
-    )
-
-
-AT_MOST = {"gamma": 1, "gae_lambda": 1, "least_success": 1, "most_success": 1, "seed": 2**63 - 1, "env_threads": 1024}
-AT_MOST |= {"hidden": 10**4, "goal_distance": 10**6, "gan_lr": 1e38}
-AT_MOST |= dict.fromkeys(("num_traces", "critic_batch_size", "backtracking_batch_size", "max_steps"), 10**5)
-AT_MOST |= dict.fromkeys(("num_goals", "num_replayed_goals", "gan_batch_size", "label_rollouts"), 10**5)
-AT_MOST |= dict.fromkeys(("num_envs", "num_steps"), 10**5)
-AT_MOST |= dict.fromkeys(("cg_iterations", "line_search_steps", "trace_length", "eval_episodes", "torch_threads"), 1000)
-AT_MOST |= dict.fromkeys(("recall_updates", "backtracking_updates", "buffer_size"), 10**9)
-
-
-def check(args: Args) -> None:
-    """Fails on the first argument that is out of range."""
-    if args.env_id not in MAX_STEPS:
-        fail(f"--env-id must be one of {', '.join(MAX_STEPS)}, got {args.env_id}")
-    for name, value in vars(args).items():
-        least = 0 if isinstance(value, float | bool) or name in ("seed", "num_replayed_goals") else 1
-        most = AT_MOST.get(name, sys.float_info.max)
-        if isinstance(value, int | float) and not least <= value <= most:
-            allowed = f"from {least} to {most}" if name in AT_MOST else f"of at least {least}"
-            fail(f"--{name.replace('_', '-')} must be a number {allowed}, got {value}")
-    if args.max_kl == 0:
-        fail("--max-kl must be greater than 0, got 0.0")
+def with_defaults(args: Args, time_limit: int) -> Args:
+    """Fills in what depends on the environment and its time limit (Held et al., 2018; App. D)."""
     if args.least_success >= args.most_success:
-        fail(f"--least-success must be less than --most-success, got {args.least_success} and {args.most_success}")
-    if not 2 <= args.dims <= 6:
-        fail(f"--dims must be from 2 to 6, got {args.dims}")
-    if args.dims != 2 and args.env_id != "PointMass-v0":
-        fail(f"--dims is for PointMass-v0, {args.env_id} has its own")
-    if args.contact_forces and args.env_id != "AntUMaze-v0":
-        fail(f"--contact-forces is for AntUMaze-v0, {args.env_id} has none")
-    whole = with_defaults(args)
-    if args.num_traces * args.recall_updates * whole.trace_length > 10**7:
-        fail(f"--num-traces times --recall-updates times --trace-length must be at most {10**7}")
-    rows = args.backtracking_updates * args.backtracking_batch_size
-    if rows > 10**8:
-        fail(f"--backtracking-updates times --backtracking-batch-size must be at most {10**8}, got {rows}")
-    if not 2 <= whole.num_envs * whole.num_steps <= 10**7:
-        given = f"{whole.num_envs} times {whole.num_steps}"
-        fail(f"--num-envs times --num-steps must be from 2 to {10**7}, got {given}")
-    try:
-        torch.zeros(1, device=args.device, dtype=torch.float64).cpu()
-    except Exception:  # each kind of device has its own
-        fail(f"--device {args.device} is not available here, a new run can have --device cpu")
-    if args.capture_video:
-        try:
-            envs = make_envs(args, 1)
-            envs.reset()
-            envs.image()
-            envs.close()
-        except Exception as error:  # every renderer has its own
-            fail(f"--capture-video cannot draw {args.env_id} here (MUJOCO_GL=osmesa may help): {error}")
-
-
-def read_run(args: Args, name: str, own: tuple[str, ...]) -> tuple[Args, dict | None]:
-    """The arguments and the checkpoint (None before the first one) of the run in --resume or --evaluate.
-
-    Of all other flags only its own may differ from the run's.
-    """
-    run_dir = getattr(args, name)
-    try:
-        saved = Args(**json.loads((run_dir / "args.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        fail(f"--{name} must be the folder of a run of this script, with its args.json; {run_dir} is not")
-    try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-        assert len(dict(checkpoint)["actor"]["net.0.weight"]) == saved.hidden
-    except FileNotFoundError:
-        checkpoint = None
-    except Exception:  # torch.load raises a different one for every way in which a file can be damaged
-        fail(f"--{name}: {run_dir / 'checkpoint.pt'} is damaged or not a checkpoint of this run")
-    saved.run_dir = run_dir
-    words = [word.split("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv]
-    for field in fields(args):
-        flag, value, old = f"--{field.name}".replace("_", "-"), getattr(args, field.name), getattr(saved, field.name)
-        given = value != field.default or flag in words  # a flag may be given with its default value
-        if field.name not in (name, *own) and given and value != old:
-            others = ", --".join(own).replace("_", "-")
-            fail(f"{flag} cannot change with --{name}, the run has {old}; only --{others} may")
-    return saved, checkpoint
-
-
-def resume_run(args: Args) -> tuple[Args, dict | None]:
-    """The run in --resume with its own arguments; --total-timesteps may grow."""
-    saved, checkpoint = read_run(args, "resume", ("total_timesteps",))
-    if args.total_timesteps is not None and args.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps can only grow with --resume, from {saved.total_timesteps}, got {args.total_timesteps}")
-    saved.total_timesteps = args.total_timesteps or saved.total_timesteps
-    check(saved)
-    return saved, checkpoint
-
-
-def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
-    """Forgets what was logged after the checkpoint, at which the event files had these sizes: it is logged again."""
-    for file in run_dir.glob("events.out.tfevents.*"):
-        if file.name in sizes:
-            os.truncate(file, sizes[file.name])
-        else:
-            file.unlink()
-
-
-def make_run_dir(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if any(file.suffix != ".tmp" for file in run_dir.iterdir()):
-            fail(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
-        (run_dir / "args.tmp").touch()
-    except OSError as error:
-        fail(f"--run-dir must be a folder that can be made and written, {run_dir} is not: {error.strerror}")
-
-
-def replace_file(path: Path, write) -> None:
-    """Writes a file under a temporary name and renames it, so that a kill at any moment leaves a whole one."""
-    write(path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+        raise UsageError(f"--least-success must be less than --most-success, which is {args.most_success}")
+    ant = args.env_id == "AntUMaze-v0"
+    num_envs, num_steps = args.num_envs or (200 if ant else 100), args.num_steps or time_limit
+    batch, outer_batch = num_envs * num_steps, args.inner_iterations * num_envs * num_steps
+    defaults = {"num_envs": num_envs, "num_steps": num_steps, "checkpoint_every": batch, "eval_every": outer_batch}
+    defaults |= {"max_episode_steps": time_limit, "eval_steps": min(400, time_limit) if ant else time_limit}
+    defaults |= {"trace_length": 50 if ant else 20, "imitation_kl": 0.005 if ant else 0.02, "device": "cpu"}
+    defaults |= {"learn_std": args.env_id != "PointUMaze-v0", "total_timesteps": 40 * outer_batch}
+    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 @contextmanager
-def catch_signals():
-    """A list that gets the number of a SIGINT or SIGTERM, so that the training loop can stop at a good place.
-
-    Each is caught once: a second Ctrl-C ends the process at once.
-    """
-    caught, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def catch(number, _) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, catch)
+def open_run(args: Args):
+    """The folder of a run, in which no other process can train at the same time."""
+    name = f"runs/{RUN_NAME.format(**vars(args)).replace('/', '-')}__{int(time.time())}"
+    run_dir, path = Path(args.run_dir or name), "args.tmp" if args.resume else "args.json"
+    while not args.run_dir and run_dir.exists():  # the default name is taken
+        run_dir = Path(f"{run_dir}_2")
+    run_dir.mkdir(parents=True, exist_ok=bool(args.run_dir))
+    if not args.resume and any(run_dir.iterdir()):
+        raise UsageError(f"--run-dir must be new or empty, {run_dir} is not; --resume {run_dir} goes on with a run")
     try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with FileLock(run_dir / "lock", timeout=0):
+            with open(run_dir / path, "w" if args.resume else "x") as file:
+                json.dump(asdict(replace(args, resume="")), file, indent=4, default=str)
+            (run_dir / path).replace(run_dir / "args.json")
+            yield run_dir
+    except Timeout:
+        raise UsageError(f"another process is at work in {run_dir}") from None
+    except (FloatingPointError, KeyboardInterrupt, OSError) as error:  # such as a full disk
+        (run_dir / "checkpoint.tmp").unlink(missing_ok=True)
+        raise type(error)(f"{str(error) or 'stopped'}; --resume {run_dir} goes on from the last checkpoint") from None
 
 
-def evaluate_run(args: Args) -> None:
-    """--evaluate: measures the coverage of a trained agent, and may write a GIF."""
-    own = ("seed", "device", "torch_threads", "eval_episodes", "capture_video")
-    saved, checkpoint = read_run(args, "evaluate", own)
-    if checkpoint is None:
-        fail(f"--evaluate: {args.evaluate} has no checkpoint.pt yet")
-    saved = replace(saved, **{name: getattr(args, name) for name in own})
-    check(saved)
-    torch.set_num_threads(args.torch_threads)
-    envs = make_envs(saved, saved.num_envs, evaluation=True)
-    goals = evaluation_goals(envs, saved)
-    state_dim, action_dim = *envs.single_observation_space.shape, *envs.single_action_space.shape
-    actor = Actor(Normaliser(state_dim), state_dim, action_dim, saved.hidden).to(args.device)
+def load_checkpoint(run_dir: Path, parts: dict) -> tuple:
+    """Brings all parts of a run to where the last checkpoint left them; returns its progress."""
     try:
-        actor.load_state_dict(checkpoint["actor"])
-    except RuntimeError:  # networks of another task
-        fail(f"--evaluate: {args.evaluate / 'checkpoint.pt'} is not a checkpoint of this run")
-    rng = np.random.default_rng([saved.seed, 4, checkpoint["step"]])
-    returns = successes(envs, actor, goals, args.eval_episodes, rng).mean(-1)
-    for i, coverage in enumerate(returns):
-        print(f"episode {i}: return {coverage:.2f}, the mean over {len(goals)} goals")
-    print(f"mean return {returns.mean():.2f}, which is the coverage")
-    if args.capture_video:
-        path = args.evaluate / f"agent_{checkpoint['step']}.gif"
-        write_video(path, saved, actor)
-        print(f"wrote {path}")
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["rng"])
+        return checkpoint["progress"]
+    except Exception as error:  # a damaged file can raise anything
+        raise UsageError(f"{run_dir} has no checkpoint of this run: {error}".splitlines()[0]) from None
 
 
-# ------------------------------------------------------------------------------------------------------ main
-
-
-def main(args: Args) -> None:
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
-    if args.evaluate is not None:
-        return evaluate_run(args)
-    checkpoint = None
-    if args.resume is not None:
-        args, checkpoint = resume_run(args)
-    else:
-        name = f"{args.env_id}__{Path(__file__).stem}__{args.recall}__seed{args.seed}__{int(time.time())}"
-        check(args)
-        args = with_defaults(replace(args, run_dir=args.run_dir or Path("runs", name)))
-        make_run_dir(args.run_dir)
-
+def main(args: Args) -> Path:
+    """Trains an agent, or measures the coverage of the trained one of --evaluate; returns the folder of its run."""
+    args = check(args)
+    state_dim, action_dim = try_out(args)
+    env = make_env(args).env
+    args = with_defaults(args, env.spec.max_episode_steps or 200)
     torch.set_num_threads(args.torch_threads)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and filling takes time
-    envs = make_envs(args, args.num_envs)
-    eval_envs = make_envs(args, args.num_envs, evaluation=True)
-    state_dim, action_dim = *envs.single_observation_space.shape, *envs.single_action_space.shape
     torch.manual_seed(args.seed)
-    normaliser = Normaliser(state_dim)
-    actor = Actor(normaliser, state_dim, action_dim, args.hidden).to(args.device)  # Alg. 1, line 1
-    if not args.learn_std:
-        actor.log_std.register_hook(torch.zeros_like)  # its gradient is always 0
-    critic = Critic(normaliser, state_dim, args.hidden).to(args.device)
+    actor = Actor(state_dim, action_dim, args.hidden).to(args.device)  # Alg. 1, line 1
+    critic = Critic(actor.normaliser, state_dim, args.hidden).to(args.device)
     optimizer = torch.optim.Adam(critic.net.parameters(), lr=args.critic_lr, fused=True)
-    gan = GoalGAN(envs.goal_space.low, envs.goal_space.high).to(args.device)
-    gan_optimizers = [torch.optim.RMSprop(n.parameters(), lr=args.gan_lr) for n in (gan.discriminator, gan.generator)]
-    replay = GoalReplay(envs.goal_dim, args.goal_distance)
-    parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "gan": gan, "goal_replay": replay}
-    parts |= {"discriminator_optimizer": gan_optimizers[0], "generator_optimizer": gan_optimizers[1]}
-    names = ("rollout", "update", "goals", "labels")
-    rngs = {name: np.random.default_rng([args.seed, i]) for i, name in enumerate(names)}
-    poses = None
+    gan = GoalGAN(*env.goal_box()).to(args.device)
+    networks = {"discriminator": gan.discriminator, "generator": gan.generator}
+    gan_optimizers = {name: torch.optim.RMSprop(n.parameters(), lr=args.gan_lr) for name, n in networks.items()}
+    parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "gan": gan, **gan_optimizers}
+    size = state_dim - env.goal_dim  # of a state without its goal
+    buffer = Tuples(*(torch.zeros(0, *shape) for shape in ((size,), (action_dim,), (), (size,), (env.goal_dim,))))
     if args.recall != "none":
-        model = BacktrackingModel(state_dim - envs.goal_dim, action_dim).to(args.device)  # Alg. 1, line 2
-        buffer = TrajectoryBuffer(args.buffer_size, state_dim - envs.goal_dim)
+        model = BacktrackingModel(size, action_dim).to(args.device)  # Alg. 1, line 2
+        model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
         imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
-        parts |= {"backtracking_model": model, "buffer": buffer, "imitation_optimizer": imitation_optimizer}
-        if args.recall == "learned":
-            model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
-            parts["backtracking_optimizer"] = model_optimizer
-        rngs["recall"] = np.random.default_rng([args.seed, 5])
-        if args.env_id == "AntUMaze-v0":
-            poses = envs.feasible_states(200, np.random.default_rng([args.seed, 6]))
-    goals = np.zeros((0, envs.goal_dim))  # of this outer iteration
-    step, losses, evaluations = 0, {}, []  # evaluations: (step, coverage)
-    finished = []  # (return, length) of the episodes since the last evaluation
-    if checkpoint:
-        try:
-            for name, part in parts.items():  # copied, so that the file can go
-                part.load_state_dict(deepcopy(checkpoint[name]))
-            for name, rng in rngs.items():
-                rng.bit_generator.state = checkpoint["rngs"][name]
-            step, losses, goals = checkpoint["step"], deepcopy(checkpoint["losses"]), checkpoint["goals"].numpy().copy()
-            finished, evaluations = checkpoint["finished"], checkpoint["evaluations"]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            fail(f"--resume: {args.run_dir / 'checkpoint.pt'} is not a checkpoint of this run: {error}".splitlines()[0])
-    cut_event_files(args.run_dir, checkpoint["event_sizes"] if checkpoint else {})
-    del checkpoint
-    arguments = json.dumps(asdict(args), indent=4, default=str)
-    replace_file(args.run_dir / "args.json", lambda path: path.write_text(arguments))
-
-    def save_checkpoint() -> None:
-        check_losses()
-        modules = [part for part in parts.values() if isinstance(part, nn.Module)]
-        if not all(weight.isfinite().all() for module in modules for weight in module.parameters()):
-            largest = max(losses, key=lambda name: abs(float(losses[name])))
-            stop(f"a weight is not finite, the largest loss is {largest},")
-        writer.flush()
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"rngs": {name: rng.bit_generator.state for name, rng in rngs.items()}}
-        event_sizes = {file.name: file.stat().st_size for file in args.run_dir.glob("events.out.tfevents.*")}
-        state |= {"step": step, "losses": losses, "event_sizes": event_sizes}
-        state |= {"finished": finished, "evaluations": evaluations, "goals": torch.from_numpy(goals)}
-        replace_file(args.run_dir / "checkpoint.pt", lambda path: torch.save(state, path))
-
-    def check_losses() -> None:
-        for name, loss in losses.items():
-            if not np.isfinite(float(loss)):
-                stop(f"{name} is {losses[name]}")
-
-    def stop(reason: str) -> None:
-        sys.exit(f"error: {reason} at step {step}; {args.run_dir} keeps the last good checkpoint")
-
-    def log() -> None:
-        check_losses()
-        rng = np.random.default_rng([args.seed, 4, step])
-        rates = successes(eval_envs, actor, evaluation_goals(eval_envs, args), args.eval_episodes, rng).mean(0)
-        evaluations.append((step, float(rates.mean())))
-        scalars = {"eval/coverage": rates.mean(), "eval/return": rates.mean(), **losses}
-        if finished:
-            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(finished, axis=0)
-            finished.clear()
-        if compared := compare():
-            scalars["recall/trace_survival"] = compared.in_trace.float().mean()
-            errors = trace_errors(model, compared)
-            scalars |= {"recall/trace_error": errors.nanmean(), "recall/trace_error_of_first_step": errors[0]}
-        if step > first_step:
-            scalars["charts/SPS"] = (step - first_step) / (time.time() - started)
-        for name, value in scalars.items():
-            if np.isfinite(float(value)):  # no trace may have stayed inside the data
-                writer.add_scalar(name, float(value), step)
-        if args.env_id != "PointMass-v0":
-            show("coverage", draw_coverage(rates, f"{rates.mean():.0%} coverage after {step} steps"))
-        progress.set_postfix_str(f"coverage {rates.mean():.2f}")
-
-    def show(name: str, figure: Figure) -> None:
-        figure.savefig(args.run_dir / f"{name}.png", dpi=120)
-        image = np.asarray(Image.open(args.run_dir / f"{name}.png").convert("RGB"))
-        writer.add_image(f"pictures/{name}", image, step, dataformats="HWC")
-
-    def compare() -> Comparison | None:
-        if "recall/imitation_kl" not in losses:  # no recall phase yet
-            return None
-        return compare_traces(model, buffer, args.trace_length, args, np.random.default_rng([args.seed, 7, step]))
-
-    def write_pictures() -> None:
-        title = f"{args.env_id}, recall {args.recall}, seed {args.seed}"
-        show("returns", draw_curve(evaluations, outer_batch, title))
-        if compared := compare():
-            show("traces", draw_traces(model, compared, envs, args))
+        parts |= {"model": model, "model_optimizer": model_optimizer, "imitation_optimizer": imitation_optimizer}
+        ant, rng = args.env_id == "AntUMaze-v0", np.random.default_rng(args.seed)
+        poses = env.unwrapped.envs.standing_ants(200, rng) if ant else None
+    weights = [w.detach() for part in parts.values() if isinstance(part, nn.Module) for w in part.parameters()]
+    step, metrics, envs, batch = 0, {}, None, args.num_envs * args.num_steps
+    outer_batch = args.inner_iterations * batch
+    if args.evaluate:
+        step, *_ = load_checkpoint(Path(args.evaluate), {"actor": actor})
+        returns = measure_coverage(env, actor, args).mean(dim=1).tolist()
+        print(*(f"episode {i}: return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
+        print(f"mean return {np.mean(returns):.2f}, which is the coverage")
         if args.capture_video:
-            write_video(args.run_dir / "agent.gif", args, actor)
-
-    batch, first_step, started = args.num_envs * args.num_steps, step, time.time()
-    outer_batch, places = args.inner_iterations * batch, envs.places
-    whole_batches = -(-args.total_timesteps // batch) * batch
-    progress = tqdm(total=whole_batches, initial=step, unit=" steps", disable=None)
-    with SummaryWriter(args.run_dir) as writer, progress, catch_signals() as caught:
-        while step < args.total_timesteps:  # Alg. 1, line 3
-            if caught or step % args.checkpoint_every < batch:
-                save_checkpoint()
-            if caught:
-                print(f"stopped at step {step}; --resume {args.run_dir} goes on from there", file=sys.stderr)
-                sys.exit(128 + caught[0])
-            if step % args.eval_every < batch:
-                log()
-
-            if step == 0 and args.goals == "gan":  # the generator first learns where the agent goes by itself
-                everywhere = rngs["goals"].uniform(envs.goal_space.low, envs.goal_space.high, (1000, envs.goal_dim))
-                rollout, _ = collect_rollout(envs, actor, everywhere, args.num_steps, rngs["labels"])
-                visited = rollout.states[..., places].reshape(-1, envs.goal_dim)
-                losses |= update_goal_gan(gan, gan_optimizers, visited, np.ones(len(visited)), args, rngs["goals"])
-            if step % outer_batch == 0:
-                check_losses()  # the environments take nan for "any goal"
-                new = draw_goals(gan, args.num_goals, args, rngs["goals"])
-                goals = np.concatenate((new, replay.sample(args.num_replayed_goals, rngs["goals"])))
-
-            # Alg. 1, line 4: execute the policy
-            rollout, ended = collect_rollout(envs, actor, goals, args.num_steps, rngs["rollout"])
-            finished += ended
-            # Alg. 1, lines 6 and 7: improve the policy with the RL algorithm
-            losses |= update_trpo(actor, critic, optimizer, rollout, args, rngs["update"])
-            seen = as_tensor(rollout.states, args.device).flatten(0, 1)
-            normaliser.add(seen)  # only now, so that rollout and update saw the same policy
-            step += batch
-            progress.update(batch)
-            if args.recall != "none":
-                buffer.add(rollout)  # Alg. 1, line 5
-            if args.goals == "gan" and step % outer_batch == 0:  # which goals are of intermediate difficulty now?
-                rates = successes(envs, actor, goals, args.label_rollouts, rngs["labels"]).mean(0)
-                labels = (rates > args.least_success) & (rates < args.most_success)
-                losses |= update_goal_gan(gan, gan_optimizers, goals, labels, args, rngs["goals"])
-                losses["goals/intermediate"] = torch.tensor(labels.mean())
-                visited = rollout.next_states[..., places].reshape(-1, envs.goal_dim)
-                visited = visited[np.isfinite(visited).all(-1)]  # a simulation may break
-                replay.add(np.concatenate((goals[labels], rngs["goals"].permutation(visited)[:10_000])))
-
-            # Recall follows the first inner iteration on new goals, which did best in trials (docs, What was tried).
-            if args.recall == "none" or (step - batch) % (outer_batch * args.recall_every):
-                continue
-            tuples, rng = successful_tuples(buffer, args.device), rngs["recall"]  # Alg. 1, line 8
-            if tuples is None or len(tuples.times) < 2:
-                continue
-            model.normalise_by(tuples)
-            if args.recall == "learned":
-                shape = args.backtracking_updates, args.backtracking_batch_size
-                for rows in as_tensor(rng.integers(len(tuples.times), size=shape), args.device):
-                    some = Tuples(*(column[rows] for column in tuples))
-                    losses |= update_backtracking_model(model, model_optimizer, some)  # Alg. 1, line 9
-            # Alg. 1, lines 10 and 11: recall traces from states at the goals that the GAN proposes
-            count = args.num_traces * args.recall_updates
-            starts, their_goals = high_value_states(envs, gan, poses, buffer, count, args, rng)
-            losses["recall/start_value"] = critic(torch.cat((starts, their_goals), dim=-1)).mean().detach()
-            trace_states, actions, in_trace = recall_traces(model, starts, args.trace_length, args, rng)
-            # Alg. 1, lines 12 and 13: imitate them
-            in_trace &= outside(trace_states[..., places], their_goals, envs.tolerance)
-            traces = split_traces(trace_states, their_goals, actions, in_trace, args.num_traces)
-            losses |= imitate(actor, imitation_optimizer, traces, seen, args)
-
-        save_checkpoint()
-        log()
-        write_pictures()
-    if args.recall != "none" and "recall/start_value" not in losses:
-        print("no recall phase: no goal had been reached when one was due", file=sys.stderr)
-    print(f"pictures, curves and the trained agent are in {args.run_dir}")
+            write_video(Path(args.evaluate, f"agent_{step}.gif"), actor, args)
+        return Path(args.evaluate)
+    with open_run(args) as run_dir:
+        if (run_dir / "checkpoint.pt").exists():
+            step, metrics, goals, old_goals, buffer = load_checkpoint(run_dir, parts)
+            buffer = Tuples(*buffer)
+        else:
+            visited = visited_places(env, actor, gan, args)  # the generator first learns where the agent goes by itself
+            metrics |= update_goal_gan(gan, gan_optimizers, visited, torch.ones(len(visited)), args)
+            goals, old_goals = draw_goals(gan, args.num_goals, args), torch.zeros(0, env.goal_dim)
+        first_step, started = step, time.time()
+        bar = tqdm(total=-(-args.total_timesteps // batch) * batch, initial=step, unit=" steps", disable=None)
+        with bar, SummaryWriter(run_dir, purge_step=step) as writer:
+            while True:  # Alg. 1, line 3
+                for name, value in (metrics | {"weights": sum(weight.sum() for weight in weights)}).items():
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"{name} is {value} at step {step}")
+                finished = step >= args.total_timesteps
+                if finished or step == first_step or step % args.checkpoint_every < batch:
+                    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+                    progress = step, metrics, goals, old_goals, [*buffer]
+                    checkpoint |= {"rng": torch.get_rng_state(), "progress": progress}
+                    writer.flush()
+                    torch.save(checkpoint, file := io.BytesIO())
+                    (run_dir / "checkpoint.tmp").write_bytes(file.getbuffer())
+                    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")  # a kill leaves a whole one
+                    torch.cuda.manual_seed_all(torch.randint(2**62, ()).item())  # alike in both, if there is a GPU
+                    envs = make_envs(args, args.num_envs, args.max_episode_steps, step)  # afresh, as if resumed here
+                if finished or step % args.eval_every < batch:
+                    rates = measure_coverage(env, actor, args).mean(dim=0)
+                    coverage, seconds = rates.mean().item(), time.time() - started
+                    scalars = {"eval/coverage": coverage, "eval/return": coverage}
+                    scalars["charts/SPS"] = (step - first_step) / seconds
+                    for name, value in (metrics | scalars).items():
+                        writer.add_scalar(name, float(value), step)
+                    if args.env_id in MAZES:
+                        figure = draw_coverage(rates.numpy(), f"{coverage:.0%} coverage after {step} steps")
+                        figure.savefig(run_dir / "coverage.png", dpi=120)
+                        writer.add_figure("pictures/coverage", figure, step)
+                    bar.set_postfix_str(f"coverage {coverage:.2f}")
+                if finished:
+                    break
+                rollout, episodes = collect_episodes(envs, actor, goals, args.num_steps)  # Alg. 1, line 4
+                step += batch
+                bar.update(batch)
+                metrics |= episodes | update_trpo(actor, critic, optimizer, rollout, args)  # Alg. 1, lines 6 and 7
+                visited = torch.from_numpy(rollout.states).to(args.device).flatten(0, 1)
+                actor.normaliser.add(visited)  # only now, so that rollout and update have seen the same policy
+                if args.recall != "none":
+                    buffer = add_successes(buffer, rollout, args)  # Alg. 1, line 5
+                # A recall phase follows the first inner iteration on new goals, which did best in trials.
+                recalls = args.recall != "none" and (step - batch) % (outer_batch * args.recall_every) == 0
+                if recalls and len(buffer.rewards) > 1:
+                    tuples = Tuples(*(column.to(args.device) for column in buffer))  # Alg. 1, line 8: all successes
+                    model.normalise_by(tuples)
+                    for _ in range(args.backtracking_updates if args.recall == "learned" else 0):  # Alg. 1, line 9
+                        metrics |= update_backtracking_model(model, model_optimizer, tuples, args)
+                    starts = high_value_states(env, gan, poses, buffer, args)  # Alg. 1, line 10, which is Alg. 2
+                    starts, their_goals = (x.to(args.device) for x in starts)
+                    metrics["recall/start_value"] = critic(torch.cat((starts, their_goals), dim=1)).mean().detach()
+                    old_actor = deepcopy(actor)
+                    for some in torch.arange(len(starts)).split(args.num_traces):
+                        states, actions, inside = recall_traces(model, starts[some], args)  # Alg. 1, line 11
+                        states, inside = relabel(env, states, their_goals[some], inside)  # Alg. 1, lines 12 and 13
+                        metrics |= imitate(actor, imitation_optimizer, states, actions, inside)
+                    metrics |= limit_change(actor, old_actor, visited, args)
+                if not args.learn_std:
+                    actor.log_std.data.zero_()  # the standard deviation stays 1
+                if step % outer_batch == 0:  # an outer iteration ends: which goals are of intermediate difficulty now?
+                    labellers = make_envs(args, args.label_rollouts * len(goals), args.max_episode_steps, step)
+                    labels = goal_labels(success_rates(labellers, actor, goals, args.label_rollouts).mean(dim=0), args)
+                    metrics |= update_goal_gan(gan, gan_optimizers, goals, labels, args)
+                    metrics["goals/intermediate"] = labels.mean()
+                    places = visited[torch.randperm(len(visited))[:10_000], env.places].cpu()
+                    old_goals = keep_for_replay(old_goals, torch.cat((goals[labels == 1], places)), args.goal_distance)
+                    replayed = old_goals[torch.randperm(len(old_goals))[: args.num_replayed_goals]]
+                    goals = torch.cat((draw_goals(gan, args.num_goals, args), replayed))
+        if args.capture_video:
+            write_video(run_dir / "agent.gif", actor, args)
+    print(f"pictures, curves and the trained agent are in {run_dir}")
+    return run_dir
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        args = tyro.cli(Args)
+        if args.resume or args.evaluate:  # flags that are not given are those of the run
+            args = tyro.cli(Args, default=read_args(args))
+        main(args)
+    except (UsageError, FloatingPointError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit({FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2))

@@ -6,7 +6,7 @@ every further dimension. So the more dimensions, the smaller the share of goals 
 
 import numpy as np
 
-from envs.u_maze import GoalEnv, GoalVectorEnv
+from envs.goals import GoalEnv, GoalVectorEnv
 
 
 class PointMassVectorEnv(GoalVectorEnv):
@@ -18,7 +18,7 @@ class PointMassVectorEnv(GoalVectorEnv):
 
     def __init__(self, num_envs: int = 1, max_episode_steps=200, dims: int = 2):
         if not 2 <= dims <= 6:
-            raise ValueError(f"--dims must be from 2 to 6, got {dims}")
+            raise ValueError(f"dims must be from 2 to 6, got {dims}")
         sizes, tolerance = (2 * dims, dims, dims), 0.3 * np.sqrt(dims / 2)
         super().__init__(np.zeros(2 * dims), sizes, (-5.0, 5.0), num_envs, max_episode_steps, tolerance)
         self.places = slice(0, dims)

@@ -1,11 +1,10 @@
 """U-mazes with an ant and with a point mass, and goals anywhere in them (Held et al., 2018; Recall Traces, 6.3).
 
-    #####   Five by five blocks of 2 m; x points right, y down (in pictures, up). An episode starts at S, (0, 0). Within
-    #S..#   `tolerance` of the goal the reward is 1, and the episode ends; every other step has a reward of 0. Goals are
-    ###.#   drawn from the seven free blocks, or are those that `reset` is given, even in walls.
-    #...#
-    #####   `GoalVectorEnv` steps many environments as arrays. `GoalEnv` is one of them for `gym.make`, with a Dict of
-            observation, achieved_goal and desired_goal. Coverage is measured on the grid `coverage_goals`.
+    #####   Five by five blocks of 2 m; x points right, y down (in pictures, up). An episode starts at S, (0, 0). Goals
+    #S..#   are drawn from the seven free blocks, or are those that `reset` is given, even in walls. What observations,
+    ###.#   rewards and resets are is in envs/goals.py. Coverage is measured on the grid `coverage_goals`, and drawn by
+    #...#   `draw_coverage`.
+    #####
 
 `AntUMaze-v0`: Gymnasium's ant in a maze whose walls and time step are set here, stepped by MuJoCo in native threads.
 `PointUMaze-v0`: a point with velocity and acceleration, which slides along walls.
@@ -18,11 +17,10 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium import spaces
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from mujoco.rollout import Rollout
+
+from envs.goals import GoalEnv, GoalVectorEnv
 
 LAYOUT = ("#####", "#S..#", "###.#", "#...#", "#####")
 BLOCK = 2.0  # metres
@@ -46,131 +44,14 @@ def coverage_goals() -> np.ndarray:
     return (FREE[:, None] + grid).reshape(-1, 2)
 
 
-class GoalVectorEnv(VectorEnv):
-    """n = `num_envs` environments with a goal each, stepped as arrays.
-
-    Observations (n, S + G) are those of the states, then the goals; actions (n, A) are clipped to [-1, 1]. There is no
-    autoreset: an environment whose episode has ended stands still until it is reset. `options` of `reset` may hold the
-    goals of the new episodes, "goals" (n, G), and which environments are reset, "reset_mask" (n,). Nothing is random
-    but the goals that are drawn where none are given.
-
-    `places` are the columns of an observation that have to come near the goal; goals may be wanted in all `goal_space`.
-    A subclass says how simulator states (n, ...) advance and are observed: `advance`, `observe` and `fallen`.
-    """
-
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}
-    places = slice(0, 2)
-
-    def __init__(self, first_state: np.ndarray, sizes, goals_between, num_envs: int, max_episode_steps, tolerance):
-        state_dim, action_dim, goal_dim = sizes
-        low, high = (np.broadcast_to(side, goal_dim).astype(np.float32) for side in goals_between)
-        self.goal_space = spaces.Box(low, high)
-        self.num_envs, self.max_episode_steps, self.tolerance = num_envs, max_episode_steps, tolerance
-        self.single_observation_space = spaces.Box(-1e6, 1e6, (state_dim + goal_dim,), np.float32)
-        self.single_action_space = spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.first_state, self.states = first_state, np.tile(first_state, (num_envs, 1))
-        self.goals, self.steps = np.zeros((num_envs, goal_dim), np.float32), np.zeros(num_envs, dtype=int)
-        self.ended = np.zeros(num_envs, dtype=bool)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        super().reset(seed=seed)
-        options = options or {}
-        mask = options.get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        goals = options["goals"] if "goals" in options else self.draw_goals(self.num_envs, self.np_random)
-        self.goals[mask] = np.broadcast_to(goals, self.goals.shape)[mask]
-        self.states[mask], self.steps[mask], self.ended[mask] = self.first_state, 0, False
-        return self._observations(), {}
-
-    def step(self, actions: np.ndarray):
-        if np.shape(actions) != self.action_space.shape:
-            raise ValueError(f"actions must have the shape {self.action_space.shape}, got {np.shape(actions)}")
-        going = ~self.ended
-        self.states[going] = self.advance(self.states[going], np.asarray(actions, np.float64)[going].clip(-1, 1))
-        self.steps[going] += 1
-        observations = self._observations()
-        rewards = self.compute_reward(observations[:, self.places], self.goals)
-        terminated = (rewards > 0) | self.fallen(self.states)
-        truncated = (self.steps >= self.max_episode_steps) & ~terminated
-        self.ended = terminated | truncated
-        return observations, rewards, terminated, truncated, {}
-
-    def _observations(self) -> np.ndarray:
-        return np.concatenate((self.observe(self.states), self.goals), axis=1, dtype=np.float32)
-
-    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any = None) -> np.ndarray:
-        """1 where places (..., G) are within the tolerance of their goals (..., G), 0 elsewhere, (...)."""
-        return (np.linalg.norm(achieved_goal - desired_goal, axis=-1) < self.tolerance).astype(np.float32)
-
-    def advance(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """The states after these (n, ...)."""
-        raise NotImplementedError
-
-    def observe(self, states: np.ndarray) -> np.ndarray:
-        """The observations of states, without the goals, (n, S)."""
-        return states
-
-    def fallen(self, states: np.ndarray) -> np.ndarray:
-        """In which states an episode ends without success, (n,)."""
-        return np.zeros(len(states), dtype=bool)
+class UMazeVectorEnv(GoalVectorEnv):
+    """What both mazes have: goals may be wanted in the outer square, and can be reached in the free blocks."""
 
     def draw_goals(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Goals that can be reached, (count, G)."""
         return FREE[rng.integers(len(FREE), size=count)] + rng.uniform(-BLOCK / 2, BLOCK / 2, (count, 2))
 
     def is_free(self, positions: np.ndarray) -> np.ndarray:
-        """Where a point may be, for `image`."""
         return is_free(positions)
-
-    def image(self, pixels: int = 24) -> np.ndarray:
-        """The first of the environments from above, its first two dimensions: red goal, blue point, (240, 240, 3)."""
-        centres = self.goal_space.low[0] + (np.arange(10 * pixels) + 0.5) / pixels
-        here = np.stack(np.meshgrid(centres, centres[::-1]), axis=-1)
-        image = np.where(self.is_free(here)[..., None], 250, 120).repeat(3, axis=-1).astype(np.uint8)
-        for centre, radius, colour in ((self.goals[0], 0.3, (213, 30, 30)), (self.states[0], 0.15, (30, 60, 200))):
-            image[((here - centre[:2]) ** 2).sum(-1) < radius**2] = colour
-        return image
-
-
-class GoalEnv(gym.Env):
-    """One environment of a `GoalVectorEnv`, in the convention of goal-conditioned environments.
-
-    Observations are a Dict of observation (S,), achieved_goal and desired_goal (G,); `compute_reward` takes batches.
-    `reset(options={"goals": goal})` sets the goal. gym.make sets the time limit.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
-    vector_env: type[GoalVectorEnv]
-
-    def __init__(self, render_mode: str | None = None, **options):
-        self.envs, self.render_mode = self.vector_env(1, max_episode_steps=np.inf, **options), render_mode
-        self.places, self.goal_space = self.envs.places, self.envs.goal_space
-        self.compute_reward, self.action_space = self.envs.compute_reward, self.envs.single_action_space
-        (goal_dim,), (whole_dim,) = self.goal_space.shape, self.envs.single_observation_space.shape
-        sizes = {"observation": whole_dim - goal_dim, "achieved_goal": goal_dim, "desired_goal": goal_dim}
-        boxes = {name: spaces.Box(-1e6, 1e6, (size,), np.float32) for name, size in sizes.items()}
-        self.observation_space = spaces.Dict(boxes)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        super().reset(seed=seed)
-        self.envs.np_random = self.np_random
-        return self._split(self.envs.reset(options=options)[0]), {}
-
-    def step(self, action: np.ndarray):
-        observations, rewards, terminated, _, _ = self.envs.step(np.asarray(action)[None])
-        info = {"is_success": bool(rewards[0])}
-        return self._split(observations), float(rewards[0]), bool(terminated[0]), False, info
-
-    def _split(self, observations: np.ndarray) -> dict[str, np.ndarray]:
-        state, goal = np.split(observations[0], [-len(self.goal_space.low)])
-        return {"observation": state, "achieved_goal": state[self.places], "desired_goal": goal}
-
-    def render(self):
-        return self.envs.image() if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        self.envs.close()
 
 
 # ------------------------------------------------------------------------------------------------------ ant
@@ -191,7 +72,7 @@ def ant_maze() -> mujoco.MjModel:
     return spec.compile()
 
 
-class AntUMazeVectorEnv(GoalVectorEnv):
+class AntUMazeVectorEnv(UMazeVectorEnv):
     """Ants in U-mazes. The centre of mass of a torso with its legs has to come within 1 m of the goal.
 
     Observation (43): positions (15) and velocities (14) of the joints, the torso's rotation matrix (9), the centre of
@@ -319,7 +200,7 @@ class AntUMazeEnv(GoalEnv):
 
 
 # ------------------------------------------------------------------------------------------------------ point mass
-class PointUMazeVectorEnv(GoalVectorEnv):
+class PointUMazeVectorEnv(UMazeVectorEnv):
     """Points in U-mazes, which have to come within 0.3 m of the goal.
 
     Observation (6): position (2), velocity (2), goal (2). Actions are forces of up to 2 N in each direction, held for
