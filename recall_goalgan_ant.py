@@ -17,8 +17,8 @@ The mazes are in envs, all else is in this file; Algorithm 1 of the paper is the
 
 The point mass reaches 90 % of the maze after 13 outer iterations with recall traces, 17 without (20 seeds; a run of 40
 outer iterations takes 6 minutes on a core). Three seeds of the ant show no difference; see docs/recall_goalgan_ant.md.
-Shapes: states (B, S), goals (B, G), actions (B, A) from -1 to 1, T steps in each of E environments or N traces. The
-policy and the critic see states that end with the goal, (B, S + G); the backtracking model sees states without it.
+Shapes: states (B, S), goals (B, G), actions (B, A) from -1 to 1, T steps in each of E environments or N traces; for
+policy and critic a state ends with the goal, (B, S + G), for the backtracking model it does not.
 """
 
 import io
@@ -65,9 +65,9 @@ class Args:
     device: str | None = None  # torch device of the networks, cpu if not given
     torch_threads: int = 1  # CPU threads of torch
     # environment
-    # AntUMaze-v0, PointUMaze-v0, PointMass-v0, or the Gymnasium id of another environment whose observations are a Dict
-    # of observation, achieved_goal and desired_goal, and whose compute_reward has one value at the goal, another far
-    env_id: str = "AntUMaze-v0"
+    env_id: str = (
+        "AntUMaze-v0"  # or PointUMaze-v0, PointMass-v0, or one with a Dict of goals, such as PointMaze_UMaze-v3
+    )
     num_envs: int | None = None  # environments stepped side by side; if not given, 200 ants or 100 others
     env_threads: int | None = None  # native threads that step the ants, one for each core if not given
     max_episode_steps: int | None = None  # time limit of an episode, that of the environment if not given
@@ -110,15 +110,14 @@ class Args:
     backtracking_batch_size: int = 256  # (state, action, next state) tuples per backtracking model update
     backtracking_lr: float = 1e-3  # step size of Adam for the backtracking model (beta in Alg. 1)
     imitation_lr: float = 1e-3  # step size of Adam for the imitation of traces (in Alg. 1 the policy's own, alpha)
-    # largest mean KL divergence from the policy before a recall phase to that after it; if not given, 0.005 for the ant
-    # and 0.02 for others
-    imitation_kl: float | None = None
+    imitation_kl: float | None = None  # largest mean KL divergence of a recall phase; 0.005 for the ant, else 0.02
     action_noise: float = 1.0  # standard deviation of imagined actions as a share of the model's (App. C: 1)
     state_noise: float = 0.5  # standard deviation of imagined changes of state as a share of the model's (the paper: 1)
     trace_limit: float = 5.0  # standard deviations; a trace ends where its state is further from the mean of the data
 
 
 LARGEST_ACTION = 1.0  # actions of traces are clipped to it, as the environment clips those of the policy
+MAZES = ("AntUMaze-v0", "PointUMaze-v0")  # coverage of which is measured on a grid, and drawn
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -242,10 +241,8 @@ class BacktrackingModel(nn.Module):
 
 
 class GoalGAN(nn.Module):
-    """Generator (noise -> goal) and discriminator (goal -> how good a goal it is) of Goal GAN (Held et al., 2018).
-
-    Inside, goals are scaled so that the box from `low` to `high` (G,) is [-1, 1]^G.
-    """
+    """Generator (noise -> goal) and discriminator (goal -> how good a goal it is) of Goal GAN (Held et al., 2018), for
+    goals in the box from `low` to `high`, (G,) each."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -273,7 +270,7 @@ def add_successes(buffer: Tuples, rollout: Rollout, args: Args) -> Tuples:
     """B with the steps of those episodes of a rollout that reached their goal, of which the newest --buffer-size stay.
 
     A trajectory's steps follow one another, and only its last one has a reward, 1. Actions are kept as the environment
-    carried them out. An episode that the end of the rollout has cut counts as one that did not reach its goal.
+    carried them out. An episode that the end of the rollout cuts has not reached its goal.
     """
     success, successes = np.zeros(rollout.rewards.shape[1], dtype=bool), []  # of the episode to which each step belongs
     for t in reversed(range(len(rollout.rewards))):
@@ -498,22 +495,13 @@ def success_rates(envs, actor: Actor, goals: torch.Tensor, episodes: int) -> tor
     return torch.from_numpy(np.concatenate(results)[: len(goals)]).view(episodes, -1)
 
 
-def visited_places(env, actor: Actor, gan: GoalGAN, args: Args) -> torch.Tensor:
-    """Places (n, G) that the policy comes to in a rollout, whose goals are uniform in the box."""
-    goals = gan.low + (gan.high - gan.low) * torch.rand(1000, env.goal_dim).to(gan.low.device)
-    envs = make_envs(args, args.num_envs, args.max_episode_steps, step=0)
-    rollout, _ = collect_episodes(envs, actor, goals.cpu(), args.num_steps)
-    return torch.from_numpy(rollout.states[..., env.places]).flatten(0, 1)
-
-
 # ------------------------------------------------------------------------------------------------------ recall traces
 def high_value_states(env, gan: GoalGAN, poses, buffer: Tuples, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """States (n, S), and their goals (n, G), that the Goal GAN calls valuable (Alg. 2), for all traces of a phase.
 
     Of twice as many goals these are the half nearer to goals that have been reached; others may lie in walls. An
-    episode ends not at its goal but near it. So D puts the agent at the same offset from the goal at which the
-    trajectory with the nearest goal (the oldest, if several had that one) ended from its own. In an environment without
-    a D, the states are those in which these trajectories ended, with the trajectories' goals.
+    episode ends near its goal. So D puts the agent at the same offset from the goal at which the trajectory with the
+    nearest goal (the oldest such one) ended from its own. Where there is no D, these ends and their goals are taken.
     """
     count, ends = args.num_traces * args.recall_updates, buffer.rewards > 0
     goals = draw_goals(gan, 2 * count, args)  # Alg. 2, line 2
@@ -573,9 +561,8 @@ def relabel(env, states: torch.Tensor, goals: torch.Tensor, inside: torch.Tensor
     """States of traces (T, N, S) with the goals (N, G) of their traces appended; and which of them are imitated (T, N):
     those inside whose goal has not been reached yet, as an episode ends there."""
     goals = goals.expand(len(states), -1, -1)
-    far = ~env.reached(states[inside][:, env.places].cpu().numpy(), goals[inside].cpu().numpy())
-    far = torch.from_numpy(far).to(inside.device)
-    return torch.cat((states, goals), dim=-1), inside.masked_scatter(inside, far)
+    far = ~torch.from_numpy(env.reached(states[inside][:, env.places].cpu().numpy(), goals[inside].cpu().numpy()))
+    return torch.cat((states, goals), dim=-1), inside.masked_scatter(inside, far.to(inside.device))
 
 
 def imitate(actor: Actor, optimizer, states, actions, inside: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -600,9 +587,6 @@ def limit_change(actor: Actor, old_actor: Actor, states: torch.Tensor, args: Arg
 
 
 # ------------------------------------------------------------------------------------------------------ environment
-MAZES = ("AntUMaze-v0", "PointUMaze-v0")
-
-
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment, with vectors of state and goal, and of actions from -1 to 1."""
     if render_mode and sys.platform == "linux":
@@ -627,26 +611,24 @@ def measure_coverage(env, actor: Actor, args: Args) -> torch.Tensor:
     """Whether the policy, with its noise, reaches the goals of an evaluation, (episodes, n): 112 in the mazes, 50 that
     the environment itself sets elsewhere. Draws no random number of training."""
     goals = torch.tensor(coverage_goals() if args.env_id in MAZES else env.own_goals(50)).float()
-    episodes = args.eval_episodes or 3
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        return success_rates(make_envs(args, episodes * len(goals), args.eval_steps, step=0), actor, goals, episodes)
+        envs = make_envs(args, args.eval_episodes * len(goals), args.eval_steps, step=0)
+        return success_rates(envs, actor, goals, args.eval_episodes)
 
 
 def write_video(path: Path, actor: Actor, args: Args) -> None:
     """Writes --eval-episodes greedy episodes as a GIF, each to a goal that the environment sets."""
     env, frames = make_env(args, "rgb_array"), []
-    fps = env.metadata.get("render_fps") or 25
-    every = max(1, round(fps / 25))  # steps from frame to frame
-    for i in range(args.eval_episodes or 3):
+    for i in range(args.eval_episodes):
         step, (state, info) = 0, env.reset(seed=args.seed + i)
         while "episode" not in info:
-            if step % every == 0:
+            if step % 2 == 0:
                 frames.append(Image.fromarray(env.render()))
             state, _, _, _, info = env.step(act(actor, state[None], greedy=True)[0])
             step += 1
     env.close()
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 * every / fps, loop=0)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0)
 
 
 def try_out(args: Args) -> tuple[int, int]:
@@ -712,7 +694,7 @@ def with_defaults(args: Args, time_limit: int) -> Args:
     defaults = {"num_envs": num_envs, "num_steps": num_steps, "checkpoint_every": batch, "eval_every": outer_batch}
     defaults |= {"max_episode_steps": time_limit, "eval_steps": min(400, time_limit) if ant else time_limit}
     defaults |= {"trace_length": 50 if ant else 20, "imitation_kl": 0.005 if ant else 0.02, "device": "cpu"}
-    defaults |= {"learn_std": args.env_id != "PointUMaze-v0", "total_timesteps": 40 * outer_batch}
+    defaults |= {"learn_std": args.env_id != "PointUMaze-v0", "total_timesteps": 40 * outer_batch, "eval_episodes": 3}
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
@@ -766,10 +748,10 @@ def main(args: Args) -> Path:
     networks = {"discriminator": gan.discriminator, "generator": gan.generator}
     gan_optimizers = {name: torch.optim.RMSprop(n.parameters(), lr=args.gan_lr) for name, n in networks.items()}
     parts = {"actor": actor, "critic": critic, "optimizer": optimizer, "gan": gan, **gan_optimizers}
-    size = state_dim - env.goal_dim  # of a state without its goal
-    buffer = Tuples(*(torch.zeros(0, *shape) for shape in ((size,), (action_dim,), (), (size,), (env.goal_dim,))))
+    shapes = (env.state_dim,), (action_dim,), (), (env.state_dim,), (env.goal_dim,)
+    buffer = Tuples(*(torch.zeros(0, *shape) for shape in shapes))
     if args.recall != "none":
-        model = BacktrackingModel(size, action_dim).to(args.device)  # Alg. 1, line 2
+        model = BacktrackingModel(env.state_dim, action_dim).to(args.device)  # Alg. 1, line 2
         model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
         imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
         parts |= {"model": model, "model_optimizer": model_optimizer, "imitation_optimizer": imitation_optimizer}
@@ -791,7 +773,10 @@ def main(args: Args) -> Path:
             step, metrics, goals, old_goals, buffer = load_checkpoint(run_dir, parts)
             buffer = Tuples(*buffer)
         else:
-            visited = visited_places(env, actor, gan, args)  # the generator first learns where the agent goes by itself
+            everywhere = (gan.low + (gan.high - gan.low) * torch.rand(1000, env.goal_dim).to(args.device)).cpu()
+            envs = make_envs(args, args.num_envs, args.max_episode_steps, step)
+            rollout, _ = collect_episodes(envs, actor, everywhere, args.num_steps)
+            visited = torch.from_numpy(rollout.states[..., env.places]).flatten(0, 1)  # where the agent goes by itself
             metrics |= update_goal_gan(gan, gan_optimizers, visited, torch.ones(len(visited)), args)
             goals, old_goals = draw_goals(gan, args.num_goals, args), torch.zeros(0, env.goal_dim)
         first_step, started = step, time.time()
@@ -814,9 +799,8 @@ def main(args: Args) -> Path:
                     envs = make_envs(args, args.num_envs, args.max_episode_steps, step)  # afresh, as if resumed here
                 if finished or step % args.eval_every < batch:
                     rates = measure_coverage(env, actor, args).mean(dim=0)
-                    coverage, seconds = rates.mean().item(), time.time() - started
-                    scalars = {"eval/coverage": coverage, "eval/return": coverage}
-                    scalars["charts/SPS"] = (step - first_step) / seconds
+                    coverage, speed = rates.mean().item(), (step - first_step) / (time.time() - started)
+                    scalars = {"eval/coverage": coverage, "eval/return": coverage, "charts/SPS": speed}
                     for name, value in (metrics | scalars).items():
                         writer.add_scalar(name, float(value), step)
                     if args.env_id in MAZES:
@@ -856,7 +840,7 @@ def main(args: Args) -> Path:
                     labellers = make_envs(args, args.label_rollouts * len(goals), args.max_episode_steps, step)
                     labels = goal_labels(success_rates(labellers, actor, goals, args.label_rollouts).mean(dim=0), args)
                     metrics |= update_goal_gan(gan, gan_optimizers, goals, labels, args)
-                    metrics["goals/intermediate"] = labels.mean()
+                    metrics |= {"goals/intermediate": labels.mean()}
                     places = visited[torch.randperm(len(visited))[:10_000], env.places].cpu()
                     old_goals = keep_for_replay(old_goals, torch.cat((goals[labels == 1], places)), args.goal_distance)
                     replayed = old_goals[torch.randperm(len(old_goals))[: args.num_replayed_goals]]

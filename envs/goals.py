@@ -148,19 +148,19 @@ class GoalWrapper(gym.Wrapper):
 
     def __init__(self, env: gym.Env, index: int = 0):
         super().__init__(env)
-        space, bounds, names = env.observation_space, env.action_space, {"observation", "achieved_goal", "desired_goal"}
-        has_goals = (
-            isinstance(space, spaces.Dict) and names <= space.keys() and hasattr(env.unwrapped, "compute_reward")
-        )
-        if not (has_goals and isinstance(bounds, spaces.Box) and np.isfinite(bounds.high - bounds.low).all()):
+        space, bounds, names = env.observation_space, env.action_space, ("observation", "achieved_goal", "desired_goal")
+        has_goals = isinstance(space, spaces.Dict) and {*names} <= space.keys()
+        bounded = isinstance(bounds, spaces.Box) and np.isfinite(bounds.high - bounds.low).all()
+        if not (has_goals and bounded and hasattr(env.unwrapped, "compute_reward")):
             raise ValueError(
-                f"there must be compute_reward, bounded actions and a Dict of {names}, not {bounds}, {space}"
+                f"it needs a Dict of {', '.join(names)}, compute_reward, and bounded actions, not {bounds}"
             )
         self.index, self.knows_places = index, hasattr(env.unwrapped, "places")
         self.parts = ("observation",) if self.knows_places else ("observation", "achieved_goal")
-        size, self.goal_dim = sum(len(space[name].low) for name in self.parts), len(space["desired_goal"].low)
-        self.places = env.unwrapped.places if self.knows_places else slice(size - self.goal_dim, size)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (size + self.goal_dim,), np.float32)
+        self.state_dim, self.goal_dim = sum(len(space[n].low) for n in self.parts), len(space["desired_goal"].low)
+        appended = slice(self.state_dim - self.goal_dim, self.state_dim)
+        self.places = env.unwrapped.places if self.knows_places else appended
+        self.observation_space = spaces.Box(-np.inf, np.inf, (self.state_dim + self.goal_dim,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, bounds.shape, np.float32)
 
     def _vector(self, observed: dict) -> np.ndarray:
@@ -168,7 +168,7 @@ class GoalWrapper(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         observed, info = self.env.reset(seed=seed, options=options)
-        self.goal = options["goals"][self.index] if options else observed["desired_goal"]
+        self.goal = np.array(options["goals"][self.index] if options else observed["desired_goal"])
         return self._vector(observed), info
 
     def step(self, action: np.ndarray):
