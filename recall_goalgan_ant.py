@@ -65,9 +65,7 @@ class Args:
     device: str | None = None  # torch device of the networks, cpu if not given
     torch_threads: int = 1  # CPU threads of torch
     # environment
-    env_id: str = (
-        "AntUMaze-v0"  # or PointUMaze-v0, PointMass-v0, or one with a Dict of goals, such as PointMaze_UMaze-v3
-    )
+    env_id: str = "AntUMaze-v0"  # or PointUMaze-v0, PointMass-v0, any with a Dict of goals as PointMaze_UMaze-v3
     num_envs: int | None = None  # environments stepped side by side; if not given, 200 ants or 100 others
     env_threads: int | None = None  # native threads that step the ants, one for each core if not given
     max_episode_steps: int | None = None  # time limit of an episode, that of the environment if not given

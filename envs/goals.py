@@ -52,7 +52,8 @@ class GoalVectorEnv(VectorEnv):
         if np.shape(actions) != self.action_space.shape:
             raise ValueError(f"actions must have the shape {self.action_space.shape}, got {np.shape(actions)}")
         going = ~self.ended
-        self.states[going] = self.advance(self.states[going], np.asarray(actions, np.float64)[going].clip(-1, 1))
+        if going.any():
+            self.states[going] = self.advance(self.states[going], np.asarray(actions, np.float64)[going].clip(-1, 1))
         self.steps[going] += 1
         observations = self._observations()
         rewards = self.compute_reward(observations[:, self.places], self.goals)

@@ -33,7 +33,8 @@ FREE, WALLS = _CENTRES[_BLOCKS], _CENTRES[~_BLOCKS]  # centres of the 7 free blo
 
 def is_free(positions: np.ndarray) -> np.ndarray:
     """Which positions (..., 2) lie in a free block of the maze, (...)."""
-    columns, rows = np.floor((np.moveaxis(positions, -1, 0) - LOW[0]) / BLOCK).clip(-1, 5).astype(int)
+    blocks = np.floor((np.moveaxis(positions, -1, 0) - LOW[0]) / BLOCK)
+    columns, rows = np.fmax(np.fmin(blocks, 5), -1).astype(int)  # nan is in no free block
     return _PADDED[rows + 1, columns + 1]
 
 

@@ -71,19 +71,46 @@ SCRIPTS = {  # the flag that chooses the method, and small arguments: 1 200 step
             "eval_episodes": 2,
         },
     ),
+    "recall_goalgan_ant": (
+        "recall",
+        {
+            "env_id": "PointMass-v0",
+            "hidden": 16,
+            "num_envs": 6,
+            "num_steps": 20,
+            "max_episode_steps": 20,
+            "inner_iterations": 2,
+            "cg_iterations": 3,
+            "critic_epochs": 1,
+            "num_goals": 20,
+            "label_rollouts": 1,
+            "gan_updates": 50,
+            "goal_noise": 0.3,
+            "num_traces": 8,
+            "trace_length": 5,
+            "trace_limit": 1e6,
+            "recall_updates": 2,
+            "backtracking_updates": 4,
+            "backtracking_batch_size": 32,
+            "eval_episodes": 2,
+        },
+    ),
 }
 FOUR_ROOMS = ("recall_a2c_fourroom", "per_a2c_fourroom")
+ENVS = dict.fromkeys(FOUR_ROOMS, ("four_room",)) | {"recall_goalgan_ant": ("goals", "u_maze", "point_mass")}
 MODES = {
     "recall_a2c_fourroom": ("none", "true", "learned", "random"),
     "per_a2c_fourroom": ("return", "td-error"),
     "recall_sac": ("none", "learned", "random"),
     "recall_trpo": ("none", "learned", "random", "forward"),
+    "recall_goalgan_ant": ("none", "learned", "random"),
 }
 LINES = {
     "recall_a2c_fourroom": (470, 100),
     "per_a2c_fourroom": (420, 100),
     "recall_sac": (590, 110),
     "recall_trpo": (720, 110),
+    "recall_goalgan_ant": (860, 120),
 }  # of script, of main
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 BASE_TAGS = {"charts/episodic_return", "charts/episodic_length", "eval/return"}
@@ -91,6 +118,8 @@ BASE_TAGS |= {"losses/policy_loss", "losses/value_loss", "losses/entropy"}
 OWN_TAGS = dict.fromkeys(FOUR_ROOMS, {"eval/success_rate", "eval/visited_cells"})
 OWN_TAGS["recall_sac"] = {"losses/q_value", "losses/temperature"}
 OWN_TAGS["recall_trpo"] = {"losses/kl", "losses/line_search_steps", "losses/explained_variance"}
+OWN_TAGS["recall_goalgan_ant"] = OWN_TAGS["recall_trpo"] | {"eval/coverage", "goals/intermediate"}
+OWN_TAGS["recall_goalgan_ant"] |= {"losses/discriminator_loss", "losses/generator_loss"}
 REPLAY_TAGS = {"replay/policy_loss", "replay/value_loss", "replay/advantage", "replay/weight"}
 TAGS = {"none": set(), "random": {"recall/imitation_loss", "recall/trace_length"}}
 TAGS["true"] = TAGS["learned"] = TAGS["random"] | {"recall/backtracking_loss"}
@@ -258,8 +287,8 @@ def places(text):
 # What mazes (of which all states can be listed) and continuous control have under one name, but not alike.
 OF_A_DOMAIN = ("mlp", "BacktrackingModel", "ReplayBuffer", "update_actor_critic", "update_backtracking_model")
 OF_A_DOMAIN += ("recall_traces", "imitate", "play", "collect_rollout")
-# What each base algorithm has of its own: whom it acts with, what it learns from, and where its valuable states are.
-OF_AN_ALGORITHM = ("Actor", "Critic", "act", "high_value_states")
+# What each base algorithm has of its own, and what each script: environments, and where its valuable states are.
+OF_AN_ALGORITHM, OF_A_SCRIPT = ("Actor", "Critic", "act"), ("high_value_states",)
 
 
 def test_functions_of_one_name_are_the_same_to_the_letter():
@@ -270,7 +299,10 @@ def test_functions_of_one_name_are_the_same_to_the_letter():
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("Args", "main"):
                 key = (node.name, name in FOUR_ROOMS) if node.name in OF_A_DOMAIN else node.name
-                key = (node.name, name) if node.name in OF_AN_ALGORITHM else key
+                algorithm = "recall_trpo" if name == "recall_goalgan_ant" else name
+                key = (node.name, algorithm) if node.name in OF_AN_ALGORITHM else key
+                own = node.name in OF_A_SCRIPT or (node.name, name) == ("make_env", "recall_goalgan_ant")
+                key = (node.name, name) if own else key
                 found.setdefault(key, {})[name] = ast.get_source_segment(text, node)
             if isinstance(node, ast.If):  # under __name__ == "__main__"
                 found.setdefault("the command line", {})[name] = ast.get_source_segment(text, node)
@@ -279,8 +311,10 @@ def test_functions_of_one_name_are_the_same_to_the_letter():
     assert {
         ("update_actor_critic", True),
         ("recall_traces", False),
+        ("Actor", "recall_trpo"),
         "generalized_advantages",
         "make_env",
+        "try_out",
     } <= found.keys()
     for name, texts in found.items():
         assert len({*texts.values()}) == 1, f"{name} differs"
@@ -330,7 +364,7 @@ def test_pep_723_block_agrees_with_requirements_and_imports(name):
     requirements = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert {*script["dependencies"]} <= requirements
     assert sys.version_info[:2] >= tuple(map(int, script["requires-python"].removeprefix(">=").split(".")))
-    local = (ROOT / "envs" / "four_room.py").read_text() if name in FOUR_ROOMS else ""
+    local = "".join((ROOT / "envs" / f"{module}.py").read_text() for module in ENVS.get(name, ()))
     imported = re.findall(r"(?m)^ *(?:import|from) (\w+)", source(name) + local)
     packages = {"PIL": "pillow"}
     expected = {packages.get(module, module) for module in imported} - {*sys.stdlib_module_names, "envs"}
@@ -344,7 +378,7 @@ def test_pep_723_block_agrees_with_requirements_and_imports(name):
 def test_copied_alone_it_is_the_same_run_by_command_line(name, tmp_path, finished):
     """With envs/ beside it where it needs that; and no progress bar outside a terminal."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    if name in FOUR_ROOMS:
+    if name in ENVS:
         shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
     before = {*contents(tmp_path)}
     result = execute(f"{name}.py", *flags(**settings(name)), cwd=tmp_path)
@@ -352,7 +386,7 @@ def test_copied_alone_it_is_the_same_run_by_command_line(name, tmp_path, finishe
     (run,) = (tmp_path / "runs").iterdir()
     assert {path for path in contents(tmp_path) if not path.is_relative_to(tmp_path / "runs")} == before
     mode = vars(importlib.import_module(name).Args())[SCRIPTS[name][0]]
-    env_id = "FourRoom-v0" if name in FOUR_ROOMS else "Reacher-v5"
+    env_id = SCRIPTS[name][1].get("env_id", "FourRoom-v0")
     assert re.fullmatch(rf"{env_id}__{name}__{mode}__seed1__\d+", run.name)
     assert_same(run, finished(name))
 
@@ -368,11 +402,12 @@ def test_same_seed_same_bits_and_another_seed_is_another_run(name, tmp_path, fin
     assert logged(other)["charts/episodic_return"] != logged(finished(name))["charts/episodic_return"]
 
 
-@pytest.mark.parametrize("name", ["recall_a2c_fourroom", "recall_sac", "recall_trpo"])
+@pytest.mark.parametrize("name", ["recall_a2c_fourroom", "recall_sac", "recall_trpo", "recall_goalgan_ant"])
 def test_recall_flags_change_nothing_without_recall(name, tmp_path, monkeypatch, finished):
     """--recall none draws the same random numbers whatever they say, and no recall code is executed."""
     others = {"trace_length": 3, "num_traces": 5, "recall_every": 2, "recall_updates": 3, "backtracking_updates": 2}
-    others |= {"backtracking_batch_size": 7, "backtracking_lr": 0.5, "imitation_lr": 0.5, "top_fraction": 0.5}
+    others |= {"backtracking_batch_size": 7, "backtracking_lr": 0.5, "imitation_lr": 0.5}
+    others |= {"top_fraction": 0.5} if name != "recall_goalgan_ant" else {"buffer_size": 9}
     for part in ("BacktrackingModel", "update_backtracking_model", "high_value_states", "recall_traces", "imitate"):
         monkeypatch.setattr(f"{name}.{part}", lambda *args, part=part, **kwargs: pytest.fail(f"{part} was called"))
     run, reference = train(name, tmp_path / "run", recall="none", **others), finished(name, recall="none")
@@ -402,6 +437,8 @@ def test_evaluation_changes_no_training_number(name, tmp_path, finished):
         ("recall_trpo", {"recall": "learned"}),
         ("recall_trpo", {"recall": "forward", "env_id": "Hopper-v5", "eval_episodes": 1}),
         ("recall_trpo", {"recall": "none", "num_envs": 3, "num_steps": 21}),
+        ("recall_goalgan_ant", {"recall": "learned"}),
+        ("recall_goalgan_ant", {"recall": "none", "checkpoint_every": 120, "inner_iterations": 3}),
     ],
 )
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(name, changes, tmp_path, finished):
@@ -551,9 +588,8 @@ def test_a_run_holds_arguments_checkpoint_events_and_pictures(name, finished):
 def test_tags_are_spelt_alike(name, mode, finished):
     run = finished(name, **{SCRIPTS[name][0]: mode})
     curves = {tag: points for tag, points in logged(run).items() if not tag.startswith("pictures/")}
-    assert {*curves} == BASE_TAGS | OWN_TAGS[name] | {"recall_sac": SAC_TAGS, "recall_trpo": TRPO_TAGS}.get(name, TAGS)[
-        mode
-    ]
+    tags = {"recall_sac": SAC_TAGS, "recall_trpo": TRPO_TAGS, "recall_goalgan_ant": TRPO_TAGS}.get(name, TAGS)
+    assert {*curves} == BASE_TAGS | OWN_TAGS[name] | tags[mode]
     assert all(np.isfinite([value for _, value in points]).all() for points in curves.values())
     assert [step for step, _ in curves["eval/return"]] == [0, 240, 480, 720, 960, 1200]
     assert all(points[-1][0] == 1200 for points in curves.values())
@@ -586,7 +622,8 @@ def test_evaluate_plays_the_last_evaluation_and_writes_only_a_video(name, tmp_pa
     with Image.open(video) as image:
         durations = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]  # equal frames are joined
         steps = re.search(r"in (\d+) steps", printed)  # Reacher's 50 steps take a second
-        assert (image.format, sum(durations)) == ("GIF", 100 * int(steps[1]) + 1500 if steps else 1000)
+        seconds = 0.8 if name == "recall_goalgan_ant" else 1  # two episodes of 20 steps at 50 steps a second
+        assert (image.format, sum(durations)) == ("GIF", 100 * int(steps[1]) + 1500 if steps else 1000 * seconds)
     assert [*run.glob("agent.gif")] == []  # training writes one only when told
     assert [*train(name, tmp_path / "other", capture_video=True).glob("agent.gif")] != []
 
@@ -597,18 +634,19 @@ def test_an_agent_is_loaded_in_five_lines_of_python(name, tmp_path, finished):
     page = (ROOT / "docs" / f"{name}.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 5
-    larger = (
-        {"size": 15}
-        if name in FOUR_ROOMS
-        else {"env_id": "HalfCheetah-v5", "hidden": 64 if name == "recall_trpo" else 256}
-    )
+    larger = {
+        "recall_sac": {"env_id": "HalfCheetah-v5", "hidden": 256},
+        "recall_trpo": {"env_id": "HalfCheetah-v5", "hidden": 64},
+        "recall_goalgan_ant": {"env_id": "PointUMaze-v0", "hidden": 64},
+    }.get(name, {"size": 15})
     run = train(name, tmp_path / "run", total_timesteps=20, **larger)
     scope = {}
     exec(code.replace("RUN_DIR", str(run)), scope)
     module = importlib.import_module(name)
     if name not in FOUR_ROOMS:
         hidden = larger["hidden"]
-        actor, states = module.Actor(17, 6, hidden), torch.randn(5, 17)
+        state_dim, action_dim = (17, 6) if larger["env_id"] == "HalfCheetah-v5" else (6, 2)
+        actor, states = module.Actor(state_dim, action_dim, hidden), torch.randn(5, state_dim)
         actor.load_state_dict(load(run)["actor"])
         torch.testing.assert_close(scope["action"](states), torch.from_numpy(module.act(actor, states.numpy(), True)))
         return
@@ -682,12 +720,13 @@ def test_refuses_numbers_out_of_range(name, tmp_path):
         if annotation in (float, float | None):
             bad = [-1.0, float("nan"), float("inf")]
         if annotation in (int, int | None):
-            bad = [-1] if field == "seed" else [-1, 0]
+            bad = [-1] if field in ("seed", "num_replayed_goals") else [-1, 0]
         for number in bad:
             refused(name, field.replace("_", "-"), **settings(name) | {field: number})
             tried += 1
     assert tried > 30
     own = {"recall_sac": (("tau", 1.5), ("temperature", 0.0)), "recall_trpo": (("recall_until", 1.5), ("max_kl", 0.0))}
+    own["recall_goalgan_ant"] = (("dims", 7), ("most_success", 1.5), ("least_success", 0.9), ("max_kl", 0.0))
     for field, number in (*own.get(name, (("size", 6), ("gae_lambda", 1.01))), ("gamma", 1.5), ("seed", 2**64)):
         refused(name, field.replace("_", "-"), **settings(name) | {field: number})
     assert contents(tmp_path) == {}
@@ -776,6 +815,9 @@ def test_a_loss_that_diverges_ends_the_run_and_keeps_a_good_checkpoint(name, tmp
         with pytest.raises(FloatingPointError) as caught:
             train(name, run, **{SCRIPTS[name][0]: MODES[name][1], field: 1e38})
         message = str(caught.value)
+        if field == "gan_lr":  # the first goals are made before the first checkpoint
+            assert "at step 0" in message and not (run / "checkpoint.pt").exists()
+            continue
         assert re.fullmatch(
             r"(policy|value|weights|\w+/\w+) is (nan|inf|-inf) at step \d+; --resume \S+ goes on [^\n]*", message
         )
@@ -834,3 +876,20 @@ def test_settings_of_every_flag_of_trust_region_policy_optimization_run(tmp_path
         assert max(value for _, value in curves["recall/imitation_kl"]) <= 1e-4
     ant = {"env_id": "Ant-v5", "contact_forces": False, "total_timesteps": 60}
     assert load(train("recall_trpo", tmp_path / "ant", **ant))["actor"]["net.0.weight"].shape == (16, 27)
+
+
+def test_settings_of_every_flag_of_goal_gan_run(tmp_path):
+    others = {"seed": 5, "dims": 3, "num_envs": 5, "num_steps": 12, "max_episode_steps": 15, "eval_steps": 10}
+    others |= {"inner_iterations": 3, "hidden": 8, "learn_std": False, "gamma": 0.9, "gae_lambda": 0.5, "max_kl": 0.1}
+    others |= {"cg_iterations": 2, "cg_damping": 0.01, "line_search_steps": 3, "critic_lr": 1e-2, "critic_epochs": 2}
+    others |= {"critic_batch_size": 16, "num_goals": 7, "num_replayed_goals": 0, "label_rollouts": 2}
+    others |= {"least_success": 0.0, "most_success": 1.0, "goal_distance": 0.0, "gan_batch_size": 50}
+    others |= {"gan_lr": 9e-4, "num_traces": 3, "trace_length": 4, "recall_every": 2, "recall_updates": 3}
+    others |= {"buffer_size": 20, "backtracking_updates": 2, "backtracking_batch_size": 9, "backtracking_lr": 1e-2}
+    others |= {"imitation_lr": 1e-2, "imitation_kl": 1e-4, "action_noise": 0.5, "state_noise": 1.0, "trace_limit": 9.0}
+    others |= {"torch_threads": 2, "device": "cpu", "eval_episodes": 1, "env_threads": 1}
+    run = train("recall_goalgan_ant", tmp_path / "run", **others)
+    step, _, goals, old_goals, buffer = load(run)["progress"]
+    assert step == 1200 and goals.shape == (7, 3) and len(buffer[0]) == 20 and len(old_goals) > 60
+    assert load(run)["actor"]["log_std"].tolist() == [0.0] * 3
+    assert max(value for _, value in logged(run)["recall/imitation_kl"]) <= 1e-4
