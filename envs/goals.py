@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 AS_ARRAYS = ("AntUMaze-v0", "PointUMaze-v0", "PointMass-v0")  # the environments here, which are stepped all at once
@@ -196,11 +196,32 @@ class GoalWrapper(gym.Wrapper):
         return goals.min(axis=0), goals.max(axis=0)
 
 
+class GoalEnvs(VectorEnv):
+    """Environments of others, stepped one after another, and reset and standing still as in a `GoalVectorEnv`."""
+
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
+
+    def __init__(self, envs: list[GoalWrapper]):
+        self.envs, self.num_envs = envs, len(envs)
+        self.action_space = batch_space(envs[0].action_space, self.num_envs)
+        self.last = [()] * self.num_envs  # (state, reward, terminated, truncated) of each environment
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        for i in np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs))):
+            state, _ = self.envs[i].reset(seed=None if seed is None else seed + int(i), options=options)
+            self.last[i] = state, 0.0, False, False
+        return np.array([state for state, *_ in self.last]), {}
+
+    def step(self, actions: np.ndarray):
+        for i, (_, _, terminated, truncated) in enumerate(self.last):
+            if not (terminated or truncated):
+                self.last[i] = self.envs[i].step(actions[i])[:4]
+        return (*map(np.array, zip(*self.last, strict=True)), {})
+
+
 def make_goal_envs(env_id: str, num_envs: int, options: dict) -> VectorEnv:
-    """Environments that are reset as a `GoalVectorEnv` is; those of others are stepped one after another."""
+    """Many environments: all stepped at once if they are from here, otherwise one after another."""
     if env_id in AS_ARRAYS:
         return gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
-    makers = [
-        lambda i=i: GoalWrapper(gym.make(env_id, disable_env_checker=True, **options), i) for i in range(num_envs)
-    ]
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
+    envs = [gym.make(env_id, disable_env_checker=True, **options) for _ in range(num_envs)]
+    return GoalEnvs([GoalWrapper(env, i) for i, env in enumerate(envs)])

@@ -1,4 +1,4 @@
-"""Spreads the tests over all cores; those of one script or file stay in one process, where they share their runs."""
+"""Spreads the tests over all cores; those of one file stay in one process, where they share their runs."""
 
 import os
 
@@ -10,6 +10,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported: all c
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        script = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        contract = item.path.stem == "test_contract" and script
-        item.add_marker(pytest.mark.xdist_group(script if contract else item.path.stem))
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
