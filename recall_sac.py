@@ -568,7 +568,7 @@ def main(args: Args) -> Path:
                         for _ in range(args.backtracking_updates if args.recall == "learned" else 0):  # Alg. 1, line 9
                             metrics |= update_backtracking_model(model, model_optimizer, tuples, args)
                     before, after = (n * args.recall_updates // args.recall_every for n in (update, update + 1))
-                    for _ in range(before, after) if len(starts) else ():
+                    for _ in range(after - before if len(starts) else 0):  # spread evenly over all updates
                         rows = torch.randint(len(starts), (args.num_traces,))  # Alg. 1, line 10: high-value states
                         traces = recall_traces(model, starts[rows].to(args.device), args)  # Alg. 1, line 11
                         metrics |= imitate(actor, imitation_optimizer, *traces)  # Alg. 1, lines 12 and 13
