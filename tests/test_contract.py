@@ -1,4 +1,4 @@
-"""What recall_trpo.py and recall_goalgan_ant.py promise: see SCRIPTS. The other scripts: tests/test_runs.py."""
+"""What recall_goalgan_ant.py promises: see SCRIPTS. The other scripts: tests/test_runs.py."""
 
 import ast
 import errno
@@ -19,7 +19,6 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -52,37 +51,6 @@ FLAGS += ["evaluate", "capture-video", "device", "torch-threads"]
 RECALL = ("recall", "trace", "num-traces", "backtracking", "imitation", "top")  # what flags of the method start with
 
 SCRIPTS = {
-    "recall_trpo": Script(
-        steps=2000,
-        arguments={
-            "env_id": "Reacher-v5",
-            "hidden": 16,
-            "num_envs": 4,
-            "num_steps": 20,  # which are not all of an episode: runs are resumed in the middle of one
-            "cg_iterations": 3,
-            "critic_epochs": 1,
-            "recall_every": 2,
-            "recall_until": 1.0,
-            "num_traces": 8,
-            "trace_length": 5,
-            "backtracking_updates": 4,
-            "backtracking_batch_size": 32,
-        },
-        refused=(
-            ("env-id", {"env_id": "CartPole-v1"}),
-            ("env-id", {"env_id": "FrozenLake-v1"}),
-            ("no-contact-forces", {"contact_forces": False}),
-            ("max-kl", {"max_kl": 0.0}),
-            ("gae-lambda", {"gae_lambda": 1.5}),
-            ("recall-until", {"recall_until": 1.5}),
-            ("num-traces", {"num_traces": 10**4, "recall_updates": 10**4}),
-            ("trace-length", {"trace_length": 10**6}),
-            ("num-traces", {"env_id": "Humanoid-v5", "num_traces": 1000, "recall_updates": 1000}),
-            ("backtracking-updates", {"backtracking_updates": 10**7}),
-            ("num-steps", {"num_envs": 1000, "num_steps": 10**5}),
-        ),
-        tags=frozenset({"recall/trace_survival", "recall/imitation_kl", "recall/trace_error_of_first_step"}),
-    ),
     "recall_goalgan_ant": Script(
         steps=2000,
         arguments={
@@ -136,7 +104,6 @@ RECALL_TAGS = {  # of each --recall
 }
 RECALL_TAGS["true"] = RECALL_TAGS["random"] | {"recall/backtracking_loss", "recall/action_nll"}
 RECALL_TAGS["learned"] = RECALL_TAGS["true"] | {"recall/state_nll"}
-RECALL_TAGS["forward"] = {"recall/imitation_loss", "recall/start_value", "recall/forward_loss"}
 PACKAGES = {"PIL": "pillow", "torch.utils.tensorboard": "tensorboard"}  # modules that are named unlike their package
 TACIT = {"mujoco": "imageio"}  # gymnasium's MuJoCo environments import it, but gymnasium alone does not bring it
 LIMITS = ("total_timesteps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "trace_length")
@@ -750,28 +717,6 @@ def test_training_writes_a_video_only_when_told(name, tmp_path, finished):
     (video,) = train(name, tmp_path / "run", capture_video=True).glob("*.gif")
     with Image.open(video) as image:
         assert image.n_frames > 1
-
-
-@pytest.mark.parametrize("name", ["recall_trpo"])
-def test_the_camera_follows_the_agent(name, tmp_path, monkeypatch):
-    """A hopper that is put 50 m further is in the picture nevertheless; it is the only thing there that is brown."""
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        monkeypatch.setenv("MUJOCO_GL", "egl")
-    script = importlib.import_module(name)
-    make_env = script.make_env
-
-    class Far(gym.Wrapper):
-        def reset(self, **options):
-            found = super().reset(**options)
-            self.unwrapped.set_state(self.unwrapped.data.qpos + 50 * np.eye(6)[0], self.unwrapped.data.qvel)
-            return found
-
-    monkeypatch.setattr(script, "make_env", lambda *args, **options: Far(make_env(*args, **options)))
-    actor = script.Actor(script.Normaliser(11), 11, 3, 8)
-    script.write_video(tmp_path / "agent.gif", script.Args(env_id="Hopper-v5"), actor)
-    with Image.open(tmp_path / "agent.gif") as image:
-        red, _, blue = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
-    assert (red - blue > 40).sum() > 300
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

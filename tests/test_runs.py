@@ -53,28 +53,51 @@ SCRIPTS = {  # the flag that chooses the method, and small arguments: 1 200 step
             "eval_episodes": 2,
         },
     ),
+    "recall_trpo": (
+        "recall",
+        {
+            "env_id": "Reacher-v5",
+            "hidden": 16,
+            "num_envs": 4,
+            "num_steps": 15,
+            "cg_iterations": 3,
+            "critic_epochs": 1,
+            "recall_every": 1,
+            "recall_until": 1.0,
+            "num_traces": 8,
+            "trace_length": 5,
+            "backtracking_updates": 4,
+            "backtracking_batch_size": 32,
+            "eval_episodes": 2,
+        },
+    ),
 }
 FOUR_ROOMS = ("recall_a2c_fourroom", "per_a2c_fourroom")
 MODES = {
     "recall_a2c_fourroom": ("none", "true", "learned", "random"),
     "per_a2c_fourroom": ("return", "td-error"),
     "recall_sac": ("none", "learned", "random"),
+    "recall_trpo": ("none", "learned", "random", "forward"),
 }
 LINES = {
     "recall_a2c_fourroom": (470, 100),
     "per_a2c_fourroom": (420, 100),
     "recall_sac": (590, 110),
+    "recall_trpo": (720, 110),
 }  # of script, of main
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 BASE_TAGS = {"charts/episodic_return", "charts/episodic_length", "eval/return"}
 BASE_TAGS |= {"losses/policy_loss", "losses/value_loss", "losses/entropy"}
 OWN_TAGS = dict.fromkeys(FOUR_ROOMS, {"eval/success_rate", "eval/visited_cells"})
 OWN_TAGS["recall_sac"] = {"losses/q_value", "losses/temperature"}
+OWN_TAGS["recall_trpo"] = {"losses/kl", "losses/line_search_steps", "losses/explained_variance"}
 REPLAY_TAGS = {"replay/policy_loss", "replay/value_loss", "replay/advantage", "replay/weight"}
 TAGS = {"none": set(), "random": {"recall/imitation_loss", "recall/trace_length"}}
 TAGS["true"] = TAGS["learned"] = TAGS["random"] | {"recall/backtracking_loss"}
 SAC_TAGS = {"none": set(), "random": TAGS["random"] | {"recall/start_value"}}
 SAC_TAGS["learned"] = SAC_TAGS["random"] | {"recall/backtracking_loss", "recall/action_nll", "recall/state_nll"}
+TRPO_TAGS = {mode: tags | {"recall/imitation_kl"} if tags else tags for mode, tags in SAC_TAGS.items()}
+TRPO_TAGS["forward"] = TRPO_TAGS["learned"] - TAGS["random"]
 TAGS["return"] = TAGS["td-error"] = REPLAY_TAGS
 
 
@@ -234,7 +257,9 @@ def places(text):
 
 # What mazes (of which all states can be listed) and continuous control have under one name, but not alike.
 OF_A_DOMAIN = ("mlp", "BacktrackingModel", "ReplayBuffer", "update_actor_critic", "update_backtracking_model")
-OF_A_DOMAIN += ("high_value_states", "recall_traces", "imitate", "play")
+OF_A_DOMAIN += ("recall_traces", "imitate", "play", "collect_rollout")
+# What each base algorithm has of its own: whom it acts with, what it learns from, and where its valuable states are.
+OF_AN_ALGORITHM = ("Actor", "Critic", "act", "high_value_states")
 
 
 def test_functions_of_one_name_are_the_same_to_the_letter():
@@ -245,12 +270,18 @@ def test_functions_of_one_name_are_the_same_to_the_letter():
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("Args", "main"):
                 key = (node.name, name in FOUR_ROOMS) if node.name in OF_A_DOMAIN else node.name
+                key = (node.name, name) if node.name in OF_AN_ALGORITHM else key
                 found.setdefault(key, {})[name] = ast.get_source_segment(text, node)
             if isinstance(node, ast.If):  # under __name__ == "__main__"
                 found.setdefault("the command line", {})[name] = ast.get_source_segment(text, node)
     everywhere = {name for name, texts in found.items() if len(texts) == len(SCRIPTS)}
     assert everywhere == {"UsageError", "read_args", "check", "open_run", "load_checkpoint", "the command line"}
-    assert {("update_actor_critic", True), "generalized_advantages"} <= found.keys()
+    assert {
+        ("update_actor_critic", True),
+        ("recall_traces", False),
+        "generalized_advantages",
+        "make_env",
+    } <= found.keys()
     for name, texts in found.items():
         assert len({*texts.values()}) == 1, f"{name} differs"
 
@@ -337,7 +368,7 @@ def test_same_seed_same_bits_and_another_seed_is_another_run(name, tmp_path, fin
     assert logged(other)["charts/episodic_return"] != logged(finished(name))["charts/episodic_return"]
 
 
-@pytest.mark.parametrize("name", ["recall_a2c_fourroom", "recall_sac"])
+@pytest.mark.parametrize("name", ["recall_a2c_fourroom", "recall_sac", "recall_trpo"])
 def test_recall_flags_change_nothing_without_recall(name, tmp_path, monkeypatch, finished):
     """--recall none draws the same random numbers whatever they say, and no recall code is executed."""
     others = {"trace_length": 3, "num_traces": 5, "recall_every": 2, "recall_updates": 3, "backtracking_updates": 2}
@@ -368,6 +399,9 @@ def test_evaluation_changes_no_training_number(name, tmp_path, finished):
         ("per_a2c_fourroom", {"priority": "td-error"}),
         ("recall_sac", {"recall": "learned"}),
         ("recall_sac", {"recall": "none", "num_envs": 3, "buffer_size": 1000}),
+        ("recall_trpo", {"recall": "learned"}),
+        ("recall_trpo", {"recall": "forward", "env_id": "Hopper-v5", "eval_episodes": 1}),
+        ("recall_trpo", {"recall": "none", "num_envs": 3, "num_steps": 21}),
     ],
 )
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(name, changes, tmp_path, finished):
@@ -517,7 +551,9 @@ def test_a_run_holds_arguments_checkpoint_events_and_pictures(name, finished):
 def test_tags_are_spelt_alike(name, mode, finished):
     run = finished(name, **{SCRIPTS[name][0]: mode})
     curves = {tag: points for tag, points in logged(run).items() if not tag.startswith("pictures/")}
-    assert {*curves} == BASE_TAGS | OWN_TAGS[name] | (TAGS if name in FOUR_ROOMS else SAC_TAGS)[mode]
+    assert {*curves} == BASE_TAGS | OWN_TAGS[name] | {"recall_sac": SAC_TAGS, "recall_trpo": TRPO_TAGS}.get(name, TAGS)[
+        mode
+    ]
     assert all(np.isfinite([value for _, value in points]).all() for points in curves.values())
     assert [step for step, _ in curves["eval/return"]] == [0, 240, 480, 720, 960, 1200]
     assert all(points[-1][0] == 1200 for points in curves.values())
@@ -537,7 +573,7 @@ def test_evaluate_plays_the_last_evaluation_and_writes_only_a_video(name, tmp_pa
     printed = capsys.readouterr().out
     value = re.search(r"(?m)^(?:mean )?return (-?\d+\.\d+)", printed)[1]
     assert value == f"{logged(run)['eval/return'][-1][1]:.2f}"
-    if name == "recall_sac":
+    if name not in FOUR_ROOMS:
         returns = [float(number) for number in re.findall(r"(?m)^episode \d: return (-?\d+\.\d+)$", printed)]
         assert len(returns) == 2 and np.mean(returns) == pytest.approx(float(value), abs=0.011)
         call(name, evaluate=str(run), eval_episodes=3)
@@ -561,13 +597,18 @@ def test_an_agent_is_loaded_in_five_lines_of_python(name, tmp_path, finished):
     page = (ROOT / "docs" / f"{name}.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 5
-    larger = {"size": 15} if name in FOUR_ROOMS else {"env_id": "HalfCheetah-v5", "hidden": 256}
+    larger = (
+        {"size": 15}
+        if name in FOUR_ROOMS
+        else {"env_id": "HalfCheetah-v5", "hidden": 64 if name == "recall_trpo" else 256}
+    )
     run = train(name, tmp_path / "run", total_timesteps=20, **larger)
     scope = {}
     exec(code.replace("RUN_DIR", str(run)), scope)
     module = importlib.import_module(name)
-    if name == "recall_sac":
-        actor, states = module.Actor(17, 6, 256), torch.randn(5, 17)
+    if name not in FOUR_ROOMS:
+        hidden = larger["hidden"]
+        actor, states = module.Actor(17, 6, hidden), torch.randn(5, 17)
         actor.load_state_dict(load(run)["actor"])
         torch.testing.assert_close(scope["action"](states), torch.from_numpy(module.act(actor, states.numpy(), True)))
         return
@@ -646,8 +687,8 @@ def test_refuses_numbers_out_of_range(name, tmp_path):
             refused(name, field.replace("_", "-"), **settings(name) | {field: number})
             tried += 1
     assert tried > 30
-    own = (("size", 6), ("gae_lambda", 1.01)) if name in FOUR_ROOMS else (("tau", 1.5), ("temperature", 0.0))
-    for field, number in (*own, ("gamma", 1.5), ("seed", 2**64)):
+    own = {"recall_sac": (("tau", 1.5), ("temperature", 0.0)), "recall_trpo": (("recall_until", 1.5), ("max_kl", 0.0))}
+    for field, number in (*own.get(name, (("size", 6), ("gae_lambda", 1.01))), ("gamma", 1.5), ("seed", 2**64)):
         refused(name, field.replace("_", "-"), **settings(name) | {field: number})
     assert contents(tmp_path) == {}
 
@@ -669,7 +710,7 @@ def test_refuses_to_go_on_with_other_arguments(name, tmp_path, finished):
     run = train(name, tmp_path / "run")
     before = contents(tmp_path)
     for flag in ("resume", "evaluate"):
-        for field, value in (("seed", 7), ("num_envs", 3), ("run_dir", "other"), ("learning_rate", 1.0)):
+        for field, value in (("seed", 7), ("num_envs", 3), ("run_dir", "other"), ("gamma", 0.5)):
             refused(name, field.replace("_", "-"), **{flag: run}, **settings(name) | {field: value})
         refused(name, "total-timesteps", **{flag: run}, total_timesteps=-1)
     assert contents(tmp_path) == before
@@ -774,3 +815,22 @@ def test_settings_of_every_flag_of_soft_actor_critic_run(tmp_path):
     assert curves["charts/episodic_length"][-1][1] == 30
     ant = {"env_id": "Ant-v5", "contact_forces": False, "total_timesteps": 20}
     assert load(train("recall_sac", tmp_path / "ant", **ant))["buffer"]["ring"][0].shape == (20, 27)
+
+
+def test_settings_of_every_flag_of_trust_region_policy_optimization_run(tmp_path):
+    others = {"seed": 5, "env_id": "Pendulum-v1", "num_envs": 3, "max_episode_steps": 30, "hidden": 8, "gamma": 0.9}
+    others |= {"num_steps": 20, "gae_lambda": 0.5, "max_kl": 0.1, "cg_iterations": 2, "cg_damping": 0.0}
+    others |= {"line_search_steps": 3, "critic_lr": 1e-2, "critic_epochs": 2, "critic_batch_size": 16, "num_traces": 3}
+    others |= {"trace_length": 4, "recall_every": 3, "recall_updates": 2, "recall_until": 0.8, "buffer_size": 200}
+    others |= {"top_trajectories": 3, "top_fraction": 0.5, "backtracking_updates": 2, "backtracking_batch_size": 9}
+    others |= {"backtracking_lr": 1e-2, "imitation_lr": 1e-3, "imitation_kl": 1e-4, "action_noise": 0.5}
+    others |= {"state_noise": 1.0, "trace_limit": 4.0, "torch_threads": 2, "device": "cpu", "eval_episodes": 1}
+    for mode in ("learned", "forward"):
+        run = train("recall_trpo", tmp_path / mode, recall=mode, start_states="reward", **others)
+        step, _, buffer = load(run)["progress"]
+        assert step == 1200 and 170 < sum(len(columns[0]) for _, columns in buffer) <= 200
+        curves = logged(run)
+        assert curves["charts/episodic_length"][-1][1] == 30
+        assert max(value for _, value in curves["recall/imitation_kl"]) <= 1e-4
+    ant = {"env_id": "Ant-v5", "contact_forces": False, "total_timesteps": 60}
+    assert load(train("recall_trpo", tmp_path / "ant", **ant))["actor"]["net.0.weight"].shape == (16, 27)
