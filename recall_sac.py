@@ -241,7 +241,10 @@ class ReplayBuffer:
 def act(actor: Actor, states: np.ndarray, greedy: bool = False) -> np.ndarray:
     """Actions (B, A) of the policy in states (B, S)."""
     states = torch.tensor(states, device=actor.log_temperature.device)  # a copy, as bits depend on where memory begins
-    return (actor(states)[0].tanh() if greedy else actor.sample(states)[0]).cpu().numpy()
+    actions = (actor(states)[0].tanh() if greedy else actor.sample(states)[0]).cpu().numpy()
+    if not np.isfinite(actions).all():
+        raise FloatingPointError("an action is not finite, as the policy's weights or its observations are not")
+    return actions
 
 
 @torch.no_grad()
@@ -348,13 +351,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     if render_mode and hasattr(env.unwrapped, "mujoco_renderer"):
         camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         env.unwrapped.mujoco_renderer.camera_id = camera  # which follows the agent; -1, the free one, if there is none
-
-    def inside(action: np.ndarray) -> np.ndarray:
-        if not np.isfinite(action).all():
-            raise FloatingPointError("an action is not finite, as the policy's weights or its observations are not")
-        return action.astype(actions.dtype).clip(actions.low, actions.high)
-
-    env = gym.wrappers.TransformAction(env, inside, actions)
+    env = gym.wrappers.TransformAction(env, lambda a: a.astype(actions.dtype).clip(actions.low, actions.high), actions)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))  # rounds, and may leave the bounds
     env = gym.wrappers.TransformObservation(env, lambda s: np.asarray(s, np.float32).reshape(states.shape), states)
     env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())

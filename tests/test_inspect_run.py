@@ -13,6 +13,13 @@ import inspect_run as script
 from inspect_run import Args, Comparison, Episode
 
 SMALL = {
+    "recall_trpo": {
+        "num_envs": 2,
+        "num_steps": 100,
+        "recall_until": 1.0,
+        "recall_every": 1,
+        "backtracking_updates": 20,
+    },
     "recall_sac": {"hidden": 16, "batch_size": 16, "learning_starts": 200, "recall_every": 100, "recall_tuples": 500},
 }
 
