@@ -42,35 +42,28 @@ class Args:
 
 
 Episode = namedtuple("Episode", "states rewards")  # arrays (L + 1, S) and (L,) of an episode of L steps
-Comparison = namedtuple(
-    "Comparison", "starts real known imagined inside"
-)  # (N, S), (T, N, S), (T, N), (T, N, S), (T, N)
+# Starts (N, S), states before them (T, N, S), where real ones are known (T, N), where traces have not ended (T, N).
+Comparison = namedtuple("Comparison", "starts real imagined known inside")
 
 
 def load_run(run_dir: Path):
-    """The script of a run, the run's arguments, its step, and its environment, trained actor and backtracking model."""
+    """The script of a run, its arguments and step, its environment, and the trained actor and backtracking model."""
     try:
         saved = json.loads((run_dir / "args.json").read_text())
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        scripts = [importlib.import_module(name) for name in SCRIPTS]
+        (script,) = [script for script in scripts if {field.name for field in fields(script.Args)} == saved.keys()]
+        weights = checkpoint["model"]
     except Exception as error:  # a damaged checkpoint can raise anything
-        raise ValueError(
-            f"RUN_DIR must be the folder of a run, with its args.json and checkpoint.pt: {error}"
-        ) from None
-    for name in SCRIPTS:
-        script = importlib.import_module(name)
-        if {field.name for field in fields(script.Args)} == saved.keys():
-            break
-    else:
-        raise ValueError(f"RUN_DIR must be the folder of a run of {' or '.join(SCRIPTS)}, {run_dir} is not")
-    if "model" not in checkpoint:
-        raise ValueError(f"RUN_DIR must be a run with a backtracking model, {run_dir} has --recall {saved['recall']}")
+        needed = f"the folder of a run of {' or '.join(SCRIPTS)} with a backtracking model"
+        raise ValueError(f"RUN_DIR must be {needed}, {run_dir} is not: {error}".splitlines()[0]) from None
     args = replace(script.Args(**saved), device="cpu")
-    env, model = script.make_env(args), checkpoint["model"]
-    actor = script.Actor(len(env.observation_space.low), len(model["action_mean"]), args.hidden)
+    env, (action_dim,) = script.make_env(args), weights["action_mean"].shape
+    actor = script.Actor(len(env.observation_space.low), action_dim, args.hidden)
     actor.load_state_dict(checkpoint["actor"])
-    backtracking_model = script.BacktrackingModel(len(model["state_mean"]), len(model["action_mean"]))
-    backtracking_model.load_state_dict(model)
-    return script, args, checkpoint["progress"][0], env, actor, backtracking_model
+    model = script.BacktrackingModel(len(weights["state_mean"]), action_dim)
+    model.load_state_dict(weights)
+    return script, args, checkpoint["progress"][0], env, actor, model
 
 
 def play(script, env, actor, episodes: int, seed: int) -> list[Episode]:
@@ -103,55 +96,52 @@ def most_valuable(episodes: list[Episode], gamma: float, fraction: float) -> lis
 
 def compare(recall_traces, model, episodes: list[Episode], ends: list[tuple[int, int]], args) -> Comparison:
     """Traces from the states `ends`, beside the real predecessors of these states, where the episode has them."""
-    size = len(model.state_mean)  # without the goal, where states end with one
-    back = np.arange(1, args.trace_length + 1)
+    size, back = len(model.state_mean), np.arange(1, args.trace_length + 1)  # states without the goal, if there is one
     real = np.stack([episodes[i].states[np.maximum(t - back, 0), :size] for i, t in ends], axis=1)
     known = np.stack([back <= t for _, t in ends], axis=1)
-    starts = torch.tensor(np.stack([episodes[i].states[t, :size] for i, t in ends]))
+    starts = torch.from_numpy(np.stack([episodes[i].states[t, :size] for i, t in ends]))
     imagined, _, inside = recall_traces(model, starts, args)
-    return Comparison(starts, torch.tensor(real), torch.tensor(known), imagined, inside)
+    return Comparison(starts, torch.from_numpy(real), imagined, torch.from_numpy(known), inside)
 
 
-def errors(imagined, compared: Comparison, state_std: torch.Tensor) -> torch.Tensor:
-    """Distance of imagined from real states, the root mean square over their numbers, in standard deviations, (T,).
+def errors(compared: Comparison, state_std: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Distances by step (T,) from the real states: of the imagined states, and of the starts.
 
-    The mean over the traces that have not ended and whose real predecessor is known; nan where there is none.
+    A distance is the root mean square over a state's numbers, in standard deviations. The mean is over the traces that
+    have not ended and whose real state is known; nan where there is none. A model that knows nothing of the dynamics
+    can stand still at the start. So that distance is the one to beat.
     """
-    distances = ((imagined - compared.real) / state_std).square().mean(-1).sqrt()
-    counted = compared.known & compared.inside
-    return torch.where(counted, distances, 0).sum(-1) / counted.sum(-1)
+    found, counted = {}, compared.known & compared.inside
+    for name, states in (("imagined", compared.imagined), ("standing still", compared.starts)):
+        distances = ((states - compared.real) / state_std).square().mean(-1).sqrt()
+        found[name] = torch.where(counted, distances, 0).sum(-1) / counted.sum(-1)
+    return found
 
 
 def draw(compared: Comparison, model, args, run_dir: Path) -> Figure:
     """Four pictures: traces, their error by step, how many last, and the learning curve of the run."""
     figure = Figure(figsize=(11, 8), layout="constrained")
+    figure.suptitle(f"{args.env_id}, --recall {args.recall}, seed {args.seed}")
     (plane, error), (lasting, curve) = figure.subplots(2, 2)
-    real, imagined, starts = ((x - model.state_mean) / model.state_std for x in (compared[1], compared[3], compared[0]))
-    shown = compared.known.sum(0).argsort(descending=True, stable=True)[:8].tolist()
+    starts, real, imagined = ((x - model.state_mean) / model.state_std for x in compared[:3])
     axes = torch.pca_lowrank(real[compared.known], q=2)[2]  # (S, 2), the plane in which real states vary most
-    for label, states, kept, style in (
-        ("real", real, compared.known, "k-"),
-        ("imagined", imagined, compared.known & compared.inside, "C1-"),
-    ):
-        for n, i in enumerate(shown):
-            path = torch.cat((starts[None, i], states[kept[:, i], i])) @ axes
-            plane.plot(*path.T, style, lw=1, alpha=0.7, marker=".", ms=3, label=None if n else label)
-    plane.plot(*(starts[shown] @ axes).T, "C0*", ms=9, ls="", label="high-value state")
-    plane.set(title="Eight trajectories backwards", xlabel="first principal axis", ylabel="second principal axis")
+    for states, kept, style in ((real, compared.known, "k.-"), (imagined, compared.known & compared.inside, "C1.-")):
+        for i in compared.known.sum(0).argsort(descending=True, stable=True)[:8]:
+            path = torch.cat((starts[i : i + 1], states[kept[:, i], i])) @ axes
+            plane.plot(*path.T, style, ms=4, lw=0.8)
+            plane.plot(*path[0], "C0*", ms=9, zorder=3)
+    plane.set(title="Backwards from valuable states (stars): real in black, imagined in orange")
+    plane.set(xlabel="first principal axis", ylabel="second principal axis")
     steps = np.arange(1, len(real) + 1)
-    still = compared.starts.expand_as(compared.real)
-    error.plot(steps, errors(compared.imagined, compared, model.state_std), "C1.-", label="imagined")
-    error.plot(steps, errors(still, compared, model.state_std), "k--", label="standing still")
+    for (name, distances), style in zip(errors(compared, model.state_std).items(), ("C1.-", "k--"), strict=True):
+        error.plot(steps, distances, style, label=name)
     error.set(title="Distance from the real states", xlabel="steps back", ylabel="standard deviations", ylim=(0, None))
+    error.legend()
     lasting.plot(steps, compared.inside.float().mean(1), "C2.-")
     lasting.set(title="Traces that have not ended", xlabel="steps back", ylabel="share of traces", ylim=(0, 1.05))
-    events = EventAccumulator(str(run_dir)).Reload()
-    points = events.Scalars("eval/return") if "eval/return" in events.Tags()["scalars"] else []
+    points = EventAccumulator(str(run_dir)).Reload().Scalars("eval/return")
     curve.plot([point.step for point in points], [point.value for point in points], ".-")
     curve.set(title="Learning curve", xlabel="environment steps", ylabel="return of the greedy policy")
-    for ax in (plane, error):
-        ax.legend()
-    figure.suptitle(f"{args.env_id}, --recall {args.recall}, seed {args.seed}")
     return figure
 
 
@@ -169,10 +159,9 @@ def main(args: Args) -> Path:
     returns = np.array([episode.rewards.sum() for episode in episodes])
     print(f"return {returns.mean():.1f}, standard deviation {returns.std():.1f}, over {len(episodes)} fresh episodes")
     print(f"a trace lasts {compared.inside.sum() / len(ends):.1f} of {run_args.trace_length} steps")
-    imagined = errors(compared.imagined, compared, model.state_std)
-    still = errors(compared.starts.expand_as(compared.real), compared, model.state_std)
-    for t in sorted({1, 2, 5, 10, 20, 50} & {*range(1, run_args.trace_length + 1)}):
-        print(f"distance {t} steps back: imagined {imagined[t - 1]:.2f}, standing still {still[t - 1]:.2f} deviations")
+    for t, (imagined, still) in enumerate(zip(*errors(compared, model.state_std).values(), strict=True), start=1):
+        if t in (1, 2, 5, 10, 20, 50) and imagined.isfinite():
+            print(f"{t:2} steps back: {imagined:.2f} deviations from the real state, standing still {still:.2f}")
     path = run_dir / f"inspect_{step}.png"
     draw(compared, model, run_args, run_dir).savefig(path, dpi=100)
     print(f"wrote {path}")

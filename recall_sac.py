@@ -241,7 +241,10 @@ class ReplayBuffer:
 def act(actor: Actor, states: np.ndarray, greedy: bool = False) -> np.ndarray:
     """Actions (B, A) of the policy in states (B, S)."""
     states = torch.tensor(states, device=actor.log_temperature.device)  # a copy, as bits depend on where memory begins
-    return (actor(states)[0].tanh() if greedy else actor.sample(states)[0]).cpu().numpy()
+    actions = (actor(states)[0].tanh() if greedy else actor.sample(states)[0]).cpu().numpy()
+    if not np.isfinite(actions).all():
+        raise FloatingPointError("an action is not finite, as the policy's weights or its observations are not")
+    return actions
 
 
 @torch.no_grad()
@@ -562,7 +565,7 @@ def main(args: Args) -> Path:
                         for _ in range(args.backtracking_updates if args.recall == "learned" else 0):  # Alg. 1, line 9
                             metrics |= update_backtracking_model(model, model_optimizer, tuples, args)
                     before, after = (n * args.recall_updates // args.recall_every for n in (update, update + 1))
-                    for _ in range(before, after) if len(starts) else ():
+                    for _ in range(after - before if len(starts) else 0):  # spread evenly over all updates
                         rows = torch.randint(len(starts), (args.num_traces,))  # Alg. 1, line 10: high-value states
                         traces = recall_traces(model, starts[rows].to(args.device), args)  # Alg. 1, line 11
                         metrics |= imitate(actor, imitation_optimizer, *traces)  # Alg. 1, lines 12 and 13

@@ -263,6 +263,8 @@ def act(actor: Actor, states: np.ndarray, greedy: bool = False) -> np.ndarray:
     log_std, _, mean, std, w1, b1, w2, b2, w3, b3 = (x.cpu().numpy() for x in actor.state_dict().values())
     x = ((states - mean) / std).clip(-10, 10)
     x = np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
+    if not np.isfinite(x).all():
+        raise FloatingPointError("an action is not finite, as the policy's weights or its observations are not")
     return x if greedy else x + np.exp(log_std) * torch.randn(x.shape).numpy()
 
 
@@ -274,9 +276,8 @@ def collect_rollout(envs: list, states: np.ndarray, actor: Actor, num_steps: int
         actions = act(actor, states)
         outcomes = [env.step(action) for env, action in zip(envs, actions, strict=True)]
         next_states, rewards, terminated, truncated, infos = zip(*outcomes, strict=True)
-        rewards, next_states = np.array(rewards, np.float32), np.array(next_states)
-        steps.append((states, actions, rewards, next_states, terminated, truncated))
-        states = next_states.copy()
+        steps.append((states, actions, np.array(rewards, np.float32), next_states, terminated, truncated))
+        states = np.array(next_states)
         for i, info in enumerate(infos):
             if "episode" in info:
                 metrics["charts/episodic_return"] = float(info["episode"]["r"])

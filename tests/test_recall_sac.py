@@ -414,6 +414,19 @@ def test_refuses_what_no_run_could_work_with(registered, tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_what_is_not_finite_never_reaches_the_environment(what, registered, tmp_path):
+    class Failing(Line):
+        def step(self, action):
+            assert np.isfinite(action).all()
+            state, reward, *others = super().step(action)
+            bad = np.nan if self.state[2] > 4 else 0.0
+            return (state, reward + bad, *others) if what == "reward" else (state + bad, reward, *others)
+
+    with pytest.raises(FloatingPointError, match="an action is not finite.*--resume .* goes on from the last check"):
+        script.main(small(registered("Failing-v0", Failing), checkpoint_every=10**9, run_dir=str(tmp_path / "run")))
+
+
 def test_an_environment_without_time_limit_needs_one(registered, tmp_path):
     name = registered("Endless-v0", lambda: Line(limit=10**9), None)
     refused(small(name), "--env-id Endless-v0", "--max-episode-steps")
