@@ -11,7 +11,8 @@ imagines traces backwards, and these are compared with the steps that really led
 
     python inspect_run.py RUN_DIR
 
-RUN_DIR is the folder of a run of recall_sac.py or recall_trpo.py. It gets the picture inspect_<step>.png.
+RUN_DIR is the folder of a run of recall_sac.py, recall_trpo.py or recall_goalgan_ant.py, and gets the picture
+inspect_<step>.png.
 Shapes: S numbers of a state, T steps back, N traces.
 """
 
@@ -29,7 +30,7 @@ import tyro
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCRIPTS = ("recall_sac", "recall_trpo")
+SCRIPTS = ("recall_sac", "recall_trpo", "recall_goalgan_ant")
 
 
 @dataclass
@@ -118,13 +119,15 @@ def errors(compared: Comparison, state_std: torch.Tensor) -> dict[str, torch.Ten
     return found
 
 
-def draw(compared: Comparison, model, args, run_dir: Path) -> Figure:
+def draw(compared: Comparison, model, args, run_dir: Path, places: slice | None) -> Figure:
     """Four pictures: traces, their error by step, how many last, and the learning curve of the run."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     figure.suptitle(f"{args.env_id}, --recall {args.recall}, seed {args.seed}")
     (plane, error), (lasting, curve) = figure.subplots(2, 2)
     starts, real, imagined = ((x - model.state_mean) / model.state_std for x in compared[:3])
     axes = torch.pca_lowrank(real[compared.known], q=2)[2]  # (S, 2), the plane in which real states vary most
+    if places:  # positions in place of principal axes
+        axes, (starts, real, imagined) = torch.eye(real.shape[-1])[:, places][:, :2], compared[:3]
     for states, kept, style in ((real, compared.known, "k.-"), (imagined, compared.known & compared.inside, "C1.-")):
         for i in compared.known.sum(0).argsort(descending=True, stable=True)[:8]:
             path = torch.cat((starts[i : i + 1], states[kept[:, i], i])) @ axes
@@ -132,6 +135,10 @@ def draw(compared: Comparison, model, args, run_dir: Path) -> Figure:
             plane.plot(*path[0], "C0*", ms=9, zorder=3)
     plane.set(title="Backwards from valuable states (stars): real in black, imagined in orange")
     plane.set(xlabel="first principal axis", ylabel="second principal axis")
+    if places:
+        plane.set(xlabel="x [m]", ylabel="y [m]")
+    if args.env_id in ("AntUMaze-v0", "PointUMaze-v0"):
+        importlib.import_module("envs.u_maze").draw_maze(plane)
     steps = np.arange(1, len(real) + 1)
     for (name, distances), style in zip(errors(compared, model.state_std).items(), ("C1.-", "k--"), strict=True):
         error.plot(steps, distances, style, label=name)
@@ -163,7 +170,7 @@ def main(args: Args) -> Path:
         if t in (1, 2, 5, 10, 20, 50) and imagined.isfinite():
             print(f"{t:2} steps back: {imagined:.2f} deviations from the real state, standing still {still:.2f}")
     path = run_dir / f"inspect_{step}.png"
-    draw(compared, model, run_args, run_dir).savefig(path, dpi=100)
+    draw(compared, model, run_args, run_dir, getattr(env.unwrapped, "places", None)).savefig(path, dpi=100)
     print(f"wrote {path}")
     return path
 

@@ -46,7 +46,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.goals import AS_ARRAYS, GoalWrapper, make_goal_envs
+from envs.goals import AS_ARRAYS, make_goal_env, make_goal_envs
 from envs.u_maze import coverage_goals, draw_coverage
 
 
@@ -287,6 +287,8 @@ def act(actor: Actor, states: np.ndarray, greedy: bool = False) -> np.ndarray:
     log_std, _, mean, std, w1, b1, w2, b2, w3, b3 = (x.cpu().numpy() for x in actor.state_dict().values())
     x = ((states - mean) / std).clip(-10, 10)
     x = np.tanh(np.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3
+    if not np.isfinite(x).all():
+        raise FloatingPointError("an action is not finite, as the policy's weights or its observations are not")
     return x if greedy else x + np.exp(log_std) * torch.randn(x.shape).numpy()
 
 
@@ -589,10 +591,9 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment, with vectors of state and goal, and of actions from -1 to 1."""
     if render_mode and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
-    options = {"render_mode": render_mode, "dims": args.dims, "contact_forces": args.contact_forces}
-    options |= {"max_episode_steps": args.max_episode_steps, "disable_env_checker": True}
-    env = gym.make(args.env_id, **{name: value for name, value in options.items() if value})
-    return gym.wrappers.RecordEpisodeStatistics(GoalWrapper(env))
+    options = {"max_episode_steps": args.max_episode_steps, "dims": args.dims, "contact_forces": args.contact_forces}
+    env = make_goal_env(args.env_id, options | {"render_mode": render_mode})
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def make_envs(args: Args, num_envs: int, time_limit: int, step: int) -> gym.vector.VectorEnv:
@@ -600,7 +601,7 @@ def make_envs(args: Args, num_envs: int, time_limit: int, step: int) -> gym.vect
     num_envs = num_envs if args.env_id in AS_ARRAYS else min(num_envs, args.num_envs)
     options = {"max_episode_steps": time_limit, "dims": args.dims, "contact_forces": args.contact_forces}
     options |= {"num_threads": args.env_threads} if args.env_id == "AntUMaze-v0" else {}
-    envs = make_goal_envs(args.env_id, num_envs, {name: value for name, value in options.items() if value})
+    envs = make_goal_envs(args.env_id, num_envs, options)
     envs.reset(seed=np.random.SeedSequence((args.seed, step)).generate_state(1).item())
     return envs
 
@@ -816,7 +817,6 @@ def main(args: Args) -> Path:
                 actor.normaliser.add(visited)  # only now, so that rollout and update have seen the same policy
                 if args.recall != "none":
                     buffer = add_successes(buffer, rollout, args)  # Alg. 1, line 5
-                # A recall phase follows the first inner iteration on new goals, which did best in trials.
                 recalls = args.recall != "none" and (step - batch) % (outer_batch * args.recall_every) == 0
                 if recalls and len(buffer.rewards) > 1:
                     tuples = Tuples(*(column.to(args.device) for column in buffer))  # Alg. 1, line 8: all successes

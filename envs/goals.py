@@ -219,9 +219,15 @@ class GoalEnvs(VectorEnv):
         return (*map(np.array, zip(*self.last, strict=True)), {})
 
 
+def make_goal_env(env_id: str, options: dict, index: int = 0) -> GoalWrapper:
+    """One environment, with those options that are given; see `GoalWrapper`."""
+    options = {name: value for name, value in options.items() if value}
+    return GoalWrapper(gym.make(env_id, disable_env_checker=True, **options), index)
+
+
 def make_goal_envs(env_id: str, num_envs: int, options: dict) -> VectorEnv:
     """Many environments: all stepped at once if they are from here, otherwise one after another."""
-    if env_id in AS_ARRAYS:
-        return gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
-    envs = [gym.make(env_id, disable_env_checker=True, **options) for _ in range(num_envs)]
-    return GoalEnvs([GoalWrapper(env, i) for i, env in enumerate(envs)])
+    if env_id not in AS_ARRAYS:
+        return GoalEnvs([make_goal_env(env_id, options, i) for i in range(num_envs)])
+    options = {name: value for name, value in options.items() if value}
+    return gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **options)
