@@ -133,7 +133,7 @@ def draw(compared: Comparison, model, args, run_dir: Path, places: slice | None)
             path = torch.cat((starts[i : i + 1], states[kept[:, i], i])) @ axes
             plane.plot(*path.T, style, ms=4, lw=0.8)
             plane.plot(*path[0], "C0*", ms=9, zorder=3)
-    plane.set(title="Backwards from valuable states (stars): real in black, imagined in orange")
+    plane.set(title="Backwards: real in black, imagined in orange")
     plane.set(xlabel="first principal axis", ylabel="second principal axis")
     if places:
         plane.set(xlabel="x [m]", ylabel="y [m]")

@@ -441,18 +441,18 @@ def goal_labels(rates: torch.Tensor, args: Args) -> torch.Tensor:
 
 
 def discriminator_loss(gan: GoalGAN, goals, labels, generated: torch.Tensor) -> torch.Tensor:
-    """Least-squares loss (Mao et al., 2017) of D, which is to be 1 for goals (B, G) with label 1, and -1 for those with
-    label 0 and for generated ones: the mean of (D(g) - (2 y - 1))^2 plus the mean of (D(G(z)) + 1)^2."""
+    """Least-squares loss (Mao et al., 2017) of the discriminator d, which is to be 1 for goals (B, G) with label y = 1,
+    -1 for those with y = 0 and for generated ones: mean of (d(goal) - (2 y - 1))^2 plus mean of (d(generated) + 1)^2."""
     return ((gan.judge(goals) - (2 * labels - 1)) ** 2).mean() + ((gan.judge(generated) + 1) ** 2).mean()
 
 
 def generator_loss(gan: GoalGAN, generated: torch.Tensor) -> torch.Tensor:
-    """Least-squares loss of G, whose goals are to look good to D: the mean of (D(G(z)) - 1)^2."""
+    """Least-squares loss of the generator, whose goals are to look good: the mean of (d(generated) - 1)^2."""
     return ((gan.judge(generated) - 1) ** 2).mean()
 
 
 def update_goal_gan(gan: GoalGAN, optimizers, goals: torch.Tensor, labels: torch.Tensor, args: Args) -> dict:
-    """--gan-updates steps of D and then of G, on batches of the goals (n, G) with labels (n,); returns losses.
+    """--gan-updates steps of discriminator and generator on batches of goals (n, G) with labels (n,); returns losses.
     They go in turns, as with both at once the generated goals collapse to one place."""
     goals, labels = goals.to(gan.low.device), labels.to(gan.low.device)
     for _ in range(args.gan_updates):
