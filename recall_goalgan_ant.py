@@ -442,7 +442,7 @@ def goal_labels(rates: torch.Tensor, args: Args) -> torch.Tensor:
 
 def discriminator_loss(gan: GoalGAN, goals, labels, generated: torch.Tensor) -> torch.Tensor:
     """Least-squares loss (Mao et al., 2017) of the discriminator d, which is to be 1 for goals (B, G) with label y = 1,
-    -1 for those with y = 0 and for generated ones: mean of (d(goal) - (2 y - 1))^2 plus mean of (d(generated) + 1)^2."""
+    -1 for those with y = 0 and generated ones: mean of (d(goal) - (2 y - 1))^2 plus mean of (d(generated) + 1)^2."""
     return ((gan.judge(goals) - (2 * labels - 1)) ** 2).mean() + ((gan.judge(generated) + 1) ** 2).mean()
 
 
