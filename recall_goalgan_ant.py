@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -239,8 +240,7 @@ class BacktrackingModel(nn.Module):
 
 
 class GoalGAN(nn.Module):
-    """Generator (noise -> goal) and discriminator (goal -> how good a goal it is) of Goal GAN (Held et al., 2018), for
-    goals in the box from `low` to `high`, (G,) each."""
+    """Goal GAN's generator (noise -> goal) and discriminator (goal -> how good it is), in the box `low` to `high`."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -734,6 +734,7 @@ def load_checkpoint(run_dir: Path, parts: dict) -> tuple:
 
 def main(args: Args) -> Path:
     """Trains an agent, or measures the coverage of the trained one of --evaluate; returns the folder of its run."""
+    mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(text, file=sys.stderr))  # as models are
     args = check(args)
     state_dim, action_dim = try_out(args)
     env = make_env(args).env
@@ -754,8 +755,7 @@ def main(args: Args) -> Path:
         model_optimizer = torch.optim.Adam(model.parameters(), lr=args.backtracking_lr, fused=True)
         imitation_optimizer = torch.optim.Adam(actor.parameters(), lr=args.imitation_lr, fused=True)
         parts |= {"model": model, "model_optimizer": model_optimizer, "imitation_optimizer": imitation_optimizer}
-        ant, rng = args.env_id == "AntUMaze-v0", np.random.default_rng(args.seed)
-        poses = env.unwrapped.envs.standing_ants(200, rng) if ant else None
+        poses = env.unwrapped.envs.standing_ants(200, args.seed) if args.env_id == "AntUMaze-v0" else None
     weights = [w.detach() for part in parts.values() if isinstance(part, nn.Module) for w in part.parameters()]
     step, metrics, envs, batch = 0, {}, None, args.num_envs * args.num_steps
     outer_batch = args.inner_iterations * batch

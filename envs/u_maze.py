@@ -159,11 +159,11 @@ class AntUMazeVectorEnv(UMazeVectorEnv):
         mujoco.mj_forward(self.model, data)
         return data
 
-    def standing_ants(self, count: int, rng: np.random.Generator, steps: int = 100) -> np.ndarray:
+    def standing_ants(self, count: int, seed: int, steps: int = 100) -> np.ndarray:
         """`count` states (count, 30) of ants that stand: after `steps` Brownian actions from the first state, kept if
         the ant has not fallen and would not fall within as many steps without any action (facts of Florensa et al.,
         2017). Their positions are near the start."""
-        found = np.zeros((0, 30))
+        found, rng = np.zeros((0, 30)), np.random.default_rng(seed)
         while len(found) < count:
             states, actions = np.tile(self.first_state, (count, 1)), np.zeros((count, 8))
             standing = np.ones(count, dtype=bool)

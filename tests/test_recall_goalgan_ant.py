@@ -241,7 +241,7 @@ def test_high_value_states_are_standing_ants_that_have_just_reached_generated_go
     env, gan, ants = script.make_env(args).env, make_gan(), AntUMazeVectorEnv(4)
     rollout, _ = script.collect_episodes(ants, make_actor(43, 8), torch.tensor([[0.4, 0.0]]), 5)
     buffer = script.add_successes(empty_buffer(41, 8), rollout, args)
-    poses = ants.standing_ants(10, np.random.default_rng(0))
+    poses = ants.standing_ants(10, seed=0)
     states, goals = script.high_value_states(env, gan, poses, buffer, args)
     assert states.shape == (20, 41)
     ends = buffer.rewards > 0
@@ -415,7 +415,7 @@ def test_goals_labels_and_traces_go_where_they_belong(tmp_path, monkeypatch):
 def test_a_run_in_a_maze_that_is_made_longer_equals_one_that_was_long_from_the_start(env_id, tmp_path, monkeypatch):
     """What an ant's traces start from, its poses, is made anew, and alike; on another number of threads, too."""
     make_poses = AntUMazeVectorEnv.standing_ants
-    monkeypatch.setattr(AntUMazeVectorEnv, "standing_ants", lambda ants, count, rng: make_poses(ants, 5, rng))
+    monkeypatch.setattr(AntUMazeVectorEnv, "standing_ants", lambda ants, count, seed: make_poses(ants, 5, seed))
     sizes = {"env_id": env_id, "num_envs": 5, "num_steps": 30, "max_episode_steps": 30, "inner_iterations": 2}
     sizes |= {"gan_updates": 10, "eval_every": 10**6, "trace_length": 40}
     grown = run(tmp_path, "grown", total_timesteps=450, env_threads=1, **sizes)

@@ -338,7 +338,7 @@ def test_point_masses_stay_in_their_box_and_keep_to_their_speed(dims):
 
 def test_standing_ants_stand_and_can_be_put_anywhere():
     ants = AntUMazeVectorEnv(1)
-    poses = ants.standing_ants(30, np.random.default_rng(0))
+    poses = ants.standing_ants(30, seed=0)
     assert poses.shape == (30, 30) and ((poses[:, 3] >= 0.3) & (poses[:, 3] <= 1.0)).all()
     joints = poses[:, 8:16]
     assert len(np.unique(joints.round(3), axis=0)) == 30
