@@ -11,8 +11,7 @@ imagines traces backwards, and these are compared with the steps that really led
 
     python inspect_run.py RUN_DIR
 
-RUN_DIR is the folder of a run of recall_sac.py, recall_trpo.py or recall_goalgan_ant.py, and gets the picture
-inspect_<step>.png.
+RUN_DIR is the folder of a run of one of the scripts below. It gets the picture inspect_<step>.png.
 Shapes: S numbers of a state, T steps back, N traces.
 """
 
@@ -133,10 +132,8 @@ def draw(compared: Comparison, model, args, run_dir: Path, places: slice | None)
             path = torch.cat((starts[i : i + 1], states[kept[:, i], i])) @ axes
             plane.plot(*path.T, style, ms=4, lw=0.8)
             plane.plot(*path[0], "C0*", ms=9, zorder=3)
-    plane.set(title="Backwards: real in black, imagined in orange")
-    plane.set(xlabel="first principal axis", ylabel="second principal axis")
-    if places:
-        plane.set(xlabel="x [m]", ylabel="y [m]")
+    names = ("x [m]", "y [m]") if places else ("first principal axis", "second principal axis")
+    plane.set(title="Backwards: real in black, imagined in orange", xlabel=names[0], ylabel=names[1])
     if args.env_id in ("AntUMaze-v0", "PointUMaze-v0"):
         importlib.import_module("envs.u_maze").draw_maze(plane)
     steps = np.arange(1, len(real) + 1)
