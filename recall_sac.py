@@ -408,7 +408,7 @@ def choose_products(device: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ run
 RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_sac__{recall}__seed{seed}", 100_000
-AT_LEAST = {"seed": 0, "temperature": 1e-37}  # the least that is accepted, if not 1 for whole numbers and 0 for others
+AT_LEAST = {"seed": 0, "top_fraction": 1e-9, "temperature": 1e-37}  # others: 1 for whole numbers, 0 for the rest
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "tau": 1, "top_fraction": 1, "temperature": 1e37}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes")  # given anew
 

@@ -549,7 +549,7 @@ def try_out(args: Args) -> tuple[int, int]:
 
 
 RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_trpo__{recall}__seed{seed}", 500_000
-AT_LEAST = {"seed": 0, "num_steps": 2, "max_kl": 1e-37}  # the least accepted, if not 1 for whole numbers, 0 for others
+AT_LEAST = {"seed": 0, "top_fraction": 1e-9, "num_steps": 2, "max_kl": 1e-37}  # others: 1 for whole numbers, else 0
 AT_MOST = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "top_fraction": 1, "recall_until": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes")  # given anew
 

@@ -725,7 +725,10 @@ def test_refuses_numbers_out_of_range(name, tmp_path):
             refused(name, field.replace("_", "-"), **settings(name) | {field: number})
             tried += 1
     assert tried > 30
-    own = {"recall_sac": (("tau", 1.5), ("temperature", 0.0)), "recall_trpo": (("recall_until", 1.5), ("max_kl", 0.0))}
+    own = {
+        "recall_sac": (("tau", 1.5), ("temperature", 0.0), ("top_fraction", 0.0)),
+        "recall_trpo": (("recall_until", 1.5), ("max_kl", 0.0)),
+    }
     own["recall_goalgan_ant"] = (("dims", 7), ("most_success", 1.5), ("least_success", 0.9), ("max_kl", 0.0))
     for field, number in (*own.get(name, (("size", 6), ("gae_lambda", 1.01))), ("gamma", 1.5), ("seed", 2**64)):
         refused(name, field.replace("_", "-"), **settings(name) | {field: number})
