@@ -89,10 +89,10 @@ class Args:
     trace_limit: float = 5.0  # standard deviations; a trace ends where its state is further from the mean of the data
 
 
+# ------------------------------------------------------------------------------------------------------ networks
 LARGEST_ACTION = 0.98  # actions of traces are clipped to it: there the tanh of the policy still has a slope
 
 
-# ------------------------------------------------------------------------------------------------------ networks
 def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
     """Two hidden layers."""
     layers = [nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, hidden), activation()]
@@ -398,11 +398,16 @@ def try_out(args: Args) -> tuple[int, int]:
     return len(state), env.action_space.shape[0]
 
 
-def choose_products(device: str) -> None:
+@contextmanager
+def fast_products(device: str):
     """Multiplies matrices by oneDNN ("medium"), faster than MKL on some processors, where that is as exact as MKL."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
     torch.set_float32_matmul_precision("medium")
     if not torch.allclose((x @ x).double(), x.double() @ x.double(), rtol=1e-5, atol=1e-4):  # such as bfloat16
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:  # torch's default, for whatever else runs in this process
         torch.set_float32_matmul_precision("highest")
 
 
@@ -484,7 +489,6 @@ def main(args: Args) -> Path:
     args = replace(args, device=args.device or "cpu", trace_length=args.trace_length or length)
     state_dim, action_dim = try_out(args)
     torch.set_num_threads(args.torch_threads)
-    choose_products(args.device)
     torch.manual_seed(args.seed)
     actor = Actor(state_dim, action_dim, args.hidden, args.temperature).to(args.device)  # Alg. 1, line 1
     critic = Critic(state_dim, action_dim, args.hidden).to(args.device)
@@ -501,11 +505,12 @@ def main(args: Args) -> Path:
     step, metrics, starts, envs = 0, {}, torch.zeros(0), []
     if args.evaluate:
         step, *_ = load_checkpoint(Path(args.evaluate), {"actor": actor})
-        returns = play(actor, args, Path(args.evaluate, f"agent_{step}.gif") if args.capture_video else None)
+        with fast_products(args.device):
+            returns = play(actor, args, Path(args.evaluate, f"agent_{step}.gif") if args.capture_video else None)
         print(*(f"episode {i}: return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
         print(f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}")
         return Path(args.evaluate)
-    with open_run(args) as run_dir:
+    with open_run(args) as run_dir, fast_products(args.device):
         if (run_dir / "checkpoint.pt").exists():
             step, metrics, starts = load_checkpoint(run_dir, parts)
         first_step, started = step, time.time()

@@ -558,15 +558,21 @@ def test_traces_are_as_long_as_in_table_2(env_id, length, tmp_path):
 
 
 def test_products_are_in_single_precision(monkeypatch):
-    before, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
-    script.choose_products("cpu")
-    x, y = randn(300, 400).double(), randn(400, 200).double()
-    torch.testing.assert_close((x.float() @ y.float()).double(), x @ y, rtol=1e-5, atol=1e-4)
+    state, x, y = torch.get_rng_state(), randn(300, 400).double(), randn(400, 200).double()
+    with script.fast_products("cpu"):
+        torch.testing.assert_close((x.float() @ y.float()).double(), x @ y, rtol=1e-5, atol=1e-4)
     monkeypatch.setattr(torch, "allclose", lambda *args, **kwargs: False)  # as on a processor that rounds to bfloat16
-    script.choose_products("cpu")
-    assert torch.get_float32_matmul_precision() == "highest"
+    with script.fast_products("cpu"):
+        assert torch.get_float32_matmul_precision() == "highest"
     assert torch.equal(torch.get_rng_state(), state)  # none of the run's random numbers is drawn
-    torch.set_float32_matmul_precision(before)
+
+
+def test_a_run_leaves_the_products_of_the_process_as_they_were(registered, tmp_path):
+    for recall in ("none", "learned"):
+        run = script.main(small(registered("Line-v0", Line), recall=recall, run_dir=str(tmp_path / recall)))
+        assert torch.get_float32_matmul_precision() == "highest"
+        script.main(Args(evaluate=str(run)))
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
