@@ -559,9 +559,7 @@ def main(args: Args) -> Path:
                 for update in range(int(first * args.updates_per_step), int(last * args.updates_per_step)):
                     batch = buffer.sample(args.batch_size)  # Alg. 1, lines 6 and 7: a step of the RL algorithm
                     metrics |= update_actor_critic(actor, critic, target_critic, optimizer, batch, args)
-                    if args.recall == "none":
-                        continue
-                    if (update + 1) % args.recall_every == 0:
+                    if args.recall != "none" and (update + 1) % args.recall_every == 0:
                         tuples, values = high_value_states(buffer, actor, critic, args)  # Alg. 1, line 8
                         if len(values) == 0:
                             continue
