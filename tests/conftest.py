@@ -12,4 +12,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         script = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         contract = item.path.stem == "test_contract" and script
-        item.add_marker(pytest.mark.xdist_group(script if contract else item.path.stem))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(script if contract else item.path.stem))
