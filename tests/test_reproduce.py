@@ -449,7 +449,8 @@ if __name__ == "__main__":
     args, checkpoint = json.loads((folder / "args.json").read_text()), folder / "checkpoint.pt"
     chunks = pickle.loads(Path(__file__).with_name("recorded").read_bytes())[args["recall"], args["seed"]]
     for step in range(len(checkpoint.read_bytes()) if checkpoint.exists() else 0, len(chunks)):
-        time.sleep(float(os.environ.get("PACE", 0)))
+        while args["recall"] == "learned" and step == 2 and not Path(os.environ.get("GATE", "/")).exists():
+            time.sleep(0.01)
         with open(folder / "events.out.tfevents.0", "ab") as events, open(folder / "steps", "a") as steps:
             events.write(chunks[step])
             steps.write(f"{step} ")
@@ -495,8 +496,11 @@ def figure(*modes):
     return PaperFigure("6.1", "Stub", (Panel("stub", {mode: f"stub.py --recall {mode}" for mode in modes}),))
 
 
-def start(folder, *words, pace=0.0):
-    """Starts the program in a folder, as a fork of this process, which has all imports; returns its number."""
+def start(folder, *words, gate="/"):
+    """Starts the program in a folder, as a fork of this process, which has all imports; returns its number.
+
+    Runs with a learned model stop before their third evaluation until there is a file `gate`.
+    """
     with warnings.catch_warnings(action="ignore"):
         child = os.fork()
     if child:
@@ -505,7 +509,7 @@ def start(folder, *words, pace=0.0):
     try:
         os.setsid()
         os.chdir(folder)
-        os.environ["PACE"] = str(pace)
+        os.environ["GATE"] = str(gate)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, name in ((1, "out"), (2, "errors")):
             os.dup2(os.open(Path(f"{folder}.{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -574,8 +578,7 @@ def test_interrupted_and_started_again_it_loses_nothing_and_runs_nothing_twice(n
     """Killed alone, it leaves a process that goes on; killed as a group, or interrupted, one that is resumed."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    child = start(folder, "--workers", "1", pace=0.3)
-    runs = folder / "runs" / "reproduce" / "stub"
+    child, runs = start(folder, "--workers", "1", gate=tmp_path / "gate"), folder / "runs" / "reproduce" / "stub"
     wait_until(lambda: len([*runs.glob("*/checkpoint.pt")]) == 2)  # in the middle of the second run
     os.killpg(child, number) if whole_group else os.kill(child, number)
     status, _, errors = finish(child, folder)
@@ -588,6 +591,7 @@ def test_interrupted_and_started_again_it_loses_nothing_and_runs_nothing_twice(n
         assert status == 1 and f"error: another process is at work in {second.relative_to(folder)}\n" in errors
         assert "fig2: 1 runs are not finished" in errors
         assert len(reproduce.read_tables(folder / "results" / "smoke" / "fig2")[1]) == 1
+    (tmp_path / "gate").touch()
     wait_until(lambda: is_free(second))
     assert ("4" in (second / "steps").read_text()) == (number == 9 and not whole_group)
     others = [start(folder, "--workers", "2") for _ in range(2)]  # two at once do no harm
