@@ -695,6 +695,6 @@ def main(args: Args) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(tyro.cli(Args)))
-    except (UsageError, OSError, ImportError, KeyboardInterrupt) as error:
+    except (UsageError, OSError, ImportError, RuntimeError, KeyboardInterrupt) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
