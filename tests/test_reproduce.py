@@ -3,8 +3,9 @@
 import fcntl
 import importlib
 import io
-import json
+import itertools
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -13,24 +14,30 @@ import subprocess
 import sys
 import time
 import tomllib
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import tyro
 from PIL import Image
 from scipy.stats import mannwhitneyu
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import reproduce
-from reproduce import FIGURES, Args, Curves, Run
+from reproduce import CLAIMS, FIGURES, Args, Claim, Panel, PaperFigure, make_run
 
 ROOT = Path(__file__).parents[1]
-
 SETTINGS = sorted(
-    {command for figure in FIGURES.values() for panel in figure.panels for command in panel.runs.values()}
+    {setting for figure in FIGURES.values() for panel in figure.panels for setting in panel.runs.values()}
 )
-SMALL = "--size 7 --total-timesteps 6000 --checkpoint-every 1000 --eval-every 1000"
+smoke, processes = (pytest.mark.xdist_group(f"test_reproduce {name}") for name in ("smoke", "processes"))
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -45,7 +52,7 @@ def test_interquartile_mean_leaves_out_a_quarter_on_both_sides():
 
 @pytest.mark.parametrize("seeds, least, most", [(10, 0.85, 0.97), (3, 0.7, 0.85)])
 def test_interval_covers_the_true_value_as_often_as_it_says(seeds, least, most):
-    """Of ten normal numbers in about 95 % of all cases (somewhat less), of three in four of five, as the table says."""
+    """Of ten normal numbers in about 95 % of all cases (somewhat less), of three in four of five."""
     low, high = reproduce.interval(np.random.default_rng(0).normal(3, 1, size=(400, seeds)))
     assert least < ((low < 3) & (high > 3)).mean() < most
 
@@ -67,14 +74,16 @@ def test_interval_of_one_seed_is_a_point():
     assert reproduce.interval(np.array([3.0])) == (3, 3)
 
 
-def curves(success, returns=None, steps=None, visited=None):
-    """Curves of success rates (seeds, evaluations)."""
+def curves(success, returns=None, steps=None, visited=None, seeds=None):
+    """What a setting has logged, from success rates (seeds, evaluations)."""
     success = np.array(success, dtype=float)
-    values = {"eval/success_rate": success, "eval/return": success if returns is None else np.array(returns)}
+    tags = {"eval/success_rate": success, "eval/return": success if returns is None else returns}
     if visited is not None:
-        values["eval/visited_cells"] = np.array(visited, dtype=float)
-    count = success.shape[1]
-    return Curves([*range(1, len(success) + 1)], 100 * np.arange(count) if steps is None else np.array(steps), values)
+        tags["eval/visited_cells"] = visited
+    seeds = range(1, len(success) + 1) if seeds is None else seeds
+    steps = 100 * np.arange(success.shape[1]) if steps is None else steps
+    index = pd.MultiIndex.from_product([seeds, steps], names=["seed", "step"])
+    return pd.DataFrame({tag: np.array(values, dtype=float).ravel() for tag, values in tags.items()}, index)
 
 
 def test_statistics_of_a_setting():
@@ -82,11 +91,16 @@ def test_statistics_of_a_setting():
         [[0, 0.5, 0.9, 0.2], [1, 0, 0, 0], [0, 0, 0, 0.89]], visited=[[np.nan] * 3 + [n] for n in (7, 8, 9)]
     )
     found = reproduce.statistics(setting)
+    assert found.index.tolist() == [1, 2, 3]
     assert found["steps to success"].tolist() == [200, 0, 300]  # the last one never, so all steps
+    assert found["succeeds"].tolist() == [True, True, False]
     assert found["steps to lasting success"].tolist() == [300, 300, 300]
     assert found["success at the end"].tolist() == [0.2, 0, 0.89]
     assert found["last eval/visited_cells"].tolist() == [7, 8, 9]
     np.testing.assert_allclose(found["mean eval/return"], [0.4, 0.25, 0.2225])
+    coverage = reproduce.statistics(setting.rename(columns={"eval/success_rate": "eval/coverage"}))
+    assert coverage["steps to success"].tolist() == [200, 0, 300]
+    assert "steps to success" not in reproduce.statistics(setting[["eval/return"]])
 
 
 def test_lasting_success_allows_one_failure_in_ten():
@@ -99,46 +113,50 @@ def test_the_typical_seed_is_next_to_the_mean():
     visited = [[np.nan, n] for n in (30, 10, 11, 12, 90, 14, 15, 16)]  # the middle half: 12, 14, 15, 16
     everyone = [*range(1, 9)]
     assert reproduce.typical_seed(curves(np.zeros((8, 2)), visited=visited), everyone) == 6
-    returns = [[0, n] for n in (30, 10, 11, 12, 90, 14, 15, 16)]
-    assert reproduce.typical_seed(curves(returns), everyone) == 6
-    assert reproduce.typical_seed(curves(returns), [1, 3, 5]) == 3
+    returns = curves(np.zeros((8, 2)), [[0, n] for n in (30, 10, 11, 12, 90, 14, 15, 16)])
+    assert reproduce.typical_seed(returns, everyone) == 6
+    assert reproduce.typical_seed(returns, [1, 3, 5]) == 3
 
 
 def test_a_panel_of_pictures_shows_the_last_one_up_to_its_step():
     data, shown = {command: curves(np.zeros((2, 4))) for command in ("one", "two")}, {}
     for n, command in enumerate(data):
-        images = {step: Image.new("L", (2, 2), step // 100 + 10 * n) for step in (0, 100, 200, 300)}
-        shown[command] = reproduce.Pictures(n, {"pictures/x": {}})
-        for step, image in images.items():
-            image.save(file := io.BytesIO(), "PNG")
-            shown[command].images["pictures/x"][step] = file.getvalue()
-    panels = tuple(
-        reproduce.Panel("", {command: command}, "pictures", "pictures/x", until)
-        for command in data
-        for until in (50, 200, None)
-    )
-    axes = reproduce.draw_figure(reproduce.PaperFigure("", "", panels), data, shown).axes
+        shown[command] = (n, {})
+        for step in (0, 100, 200, 300):
+            Image.new("L", (2, 2), step // 100 + 10 * n).save(file := io.BytesIO(), "PNG")
+            shown[command][1][step] = file.getvalue()
+    panels = (Panel("", {command: command}, "pictures", "", until) for command in data for until in (50, 200, None))
+    axes = reproduce.draw_figure(PaperFigure("", "", tuple(panels)), data, shown).axes
     assert [int(np.max(ax.images[0].get_array())) for ax in axes] == [0, 2, 3, 10, 12, 13]
 
 
-def test_data_and_summary_keep_what_they_are_given(tmp_path):
-    rng = np.random.default_rng(0)
-    success = rng.integers(0, 11, size=(4, 30)) / 10
-    visited = np.full((4, 30), np.nan)
-    visited[:, -1] = [5, 6, 7, 8]
-    data = {"a --x 1": curves(success, visited=visited), "b": curves(success[:2] / 2, returns=success[:2] - 1)}
-    reproduce.write_data(tmp_path / "data.csv", data)
-    read = reproduce.read_data(tmp_path / "data.csv")
-    assert read.keys() == data.keys()
-    for command, setting in data.items():
-        assert read[command].seeds == setting.seeds
-        assert (read[command].steps == setting.steps).all()
-        for tag, values in setting.values.items():
-            np.testing.assert_allclose(read[command].values[tag], values, rtol=1e-5)
-    reproduce.write_summary(tmp_path / "summary.csv", read)
-    rows = [line.split(",") for line in (tmp_path / "summary.csv").read_text().splitlines()]
-    (row,) = [row for row in rows if row[0] == "a --x 1" and row[2] == "last eval/visited_cells"]
-    assert [float(value) for value in (row[1], row[3], row[6], row[7])] == [4, 6.5, 5, 8]
+def test_curves_and_last_values_that_are_drawn_are_those_of_the_data():
+    success = np.random.default_rng(0).random((5, 4))
+    data = {"a": curves(success), "b": curves(success / 2)}
+    runs = {"recall traces": "a", "other": "b"}
+    panels = (Panel("c", runs, until=200), Panel("f", runs, "finals"), Panel("none", {"x": "not run"}))
+    axes = reproduce.draw_figure(PaperFigure("", "", panels), data, {}).axes
+    assert len(axes) == 2
+    thick = [line for line in axes[0].lines if line.get_linewidth() > 2]
+    for line, scale in zip(thick, (1, 2), strict=True):
+        assert line.get_xdata().tolist() == [0, 0.1, 0.2, 0.3]
+        np.testing.assert_allclose(line.get_ydata(), reproduce.interquartile_mean(success / scale))
+    assert axes[0].get_xlim()[1] == 0.2
+    np.testing.assert_allclose(axes[1].collections[0].get_offsets()[:, 1], success[:, -1])
+
+
+def test_growth_is_drawn_by_size_and_says_how_many_seeds_never_succeed():
+    panels = tuple(Panel(f"{n} x {n}", {"recall traces": f"r{n}", "PER": f"p{n}"}, "growth") for n in (11, 19))
+    data = {
+        "r11": solved_at(1, 1, 1),
+        "r19": solved_at(2, 2, 11),
+        "p11": solved_at(5, 5, 5),
+        "p19": solved_at(11, 11, 11),
+    }
+    (axes,) = reproduce.draw_figure(PaperFigure("", "", panels), data, {}).axes
+    lines = {line.get_label(): ([*line.get_xdata()], [*line.get_ydata()]) for line in axes.lines}
+    assert lines == {"recall traces": ([11, 19], [100, pytest.approx(1400 / 3)]), "PER": ([11, 19], [500, 1000])}
+    assert [text.get_text() for text in axes.texts] == ["", "x1", "", "x3"]
 
 
 # ------------------------------------------------------------------------------------------------------ verdicts
@@ -146,67 +164,68 @@ def test_data_and_summary_keep_what_they_are_given(tmp_path):
 
 def judge(*settings, **claim):
     names = tuple("abcd"[: len(settings)])
-    claim = reproduce.Claim("fig2", "text", names, **claim)
-    return reproduce.judge(claim, dict(zip(names, settings, strict=True)))
+    return reproduce.judge(Claim("fig2", "text", names, **claim), dict(zip(names, settings, strict=True)))
 
 
-def solved_at(*evaluations):
-    return curves([[float(i >= first) for i in range(11)] for first in evaluations])
+def solved_at(*evaluations, **kwargs):
+    return curves([[float(i >= first) for i in range(11)] for first in evaluations], **kwargs)
+
+
+AT_LAST = dict(zip(("number", "statistic"), reproduce.AT_LAST[1:], strict=True))
 
 
 def test_a_claim_holds_if_the_whole_interval_is_above_one():
     slow, fast = solved_at(*[8, 9] * 5), solved_at(*[2, 3] * 5)
-    assert judge(slow, fast)[1:] == ("10", "holds")
+    assert judge(slow, fast)[1:] == ("10", "**holds**")
     assert "850 / 250" in judge(slow, fast)[0]
     assert "ratio 3.40" in judge(slow, fast)[0]
-    assert judge(fast, slow)[1:] == ("10", "the reverse holds")
-    assert judge(slow, slow)[2] == "not shown"
-    assert judge(solved_at(*[1, 2, 5, 9, 9] * 2), solved_at(*[1, 2, 4, 9, 9] * 2))[2] == "not shown"
+    assert judge(fast, slow)[1:] == ("10", "**the reverse holds**")
+    assert judge(slow, slow)[2] == "**not shown**"
+    assert judge(solved_at(*[1, 2, 5, 9, 9] * 2), solved_at(*[1, 2, 4, 9, 9] * 2))[2] == "**not shown**"
 
 
 def test_failures_are_counted_and_tested():
     def failing(number):
         return solved_at(*[2] * (10 - number), *[11] * number)
 
-    ours, seeds, verdict = judge(failing(6), failing(0), formula=None)
+    ours, seeds, verdict = judge(failing(6), failing(0), number="failures")
     assert "6 against 0" in ours and "p = 0.01" in ours  # 1 - 10! 14! / (4! 20!) = 0.0054
-    assert (seeds, verdict) == ("10", "holds")
-    assert judge(failing(3), failing(0), formula=None)[2] == "not shown"  # p = 0.11
-    assert judge(failing(2), failing(2), formula=None)[2] == "not shown"
+    assert (seeds, verdict) == ("10", "**holds**")
+    assert judge(failing(3), failing(0), number="failures")[2] == "**not shown**"  # p = 0.11
+    assert judge(failing(2), failing(2), number="failures")[2] == "**not shown**"
 
 
 def test_shares_of_success_are_compared_by_their_difference():
     def succeeding(number):
         return solved_at(*[2] * number, *[11] * (10 - number))
 
-    verdicts = [judge(succeeding(a), succeeding(b), **reproduce.AT_THE_END)[2] for a, b in ((10, 0), (7, 0), (0, 0))]
-    assert verdicts == ["holds", "holds", "not shown"]
-    assert "difference 1.00 [1.00, 1.00]" in judge(succeeding(10), succeeding(0), **reproduce.AT_THE_END)[0]
+    verdicts = [judge(succeeding(a), succeeding(b), **AT_LAST)[2] for a, b in ((10, 0), (7, 0), (0, 0))]
+    assert verdicts == ["**holds**", "**holds**", "**not shown**"]
+    assert "difference 1.00 [1.00, 1.00]" in judge(succeeding(10), succeeding(0), **AT_LAST)[0]
 
 
 def test_nothing_is_said_of_few_or_missing_seeds():
     slow, fast = solved_at(*[8, 9] * 5), solved_at(*[2, 3] * 5)
-    assert judge(solved_at(8, 9, 8, 9), solved_at(2, 3, 2, 3))[1:] == ("4", "too few seeds")
+    assert judge(solved_at(8, 9, 8, 9), solved_at(2, 3, 2, 3))[1:] == ("4", "**too few seeds**")
     seeds, verdict = judge(slow, solved_at(*[2] * 9))[1:]
-    assert (seeds, verdict) == ("10, 9", "incomplete: not all seeds have finished")
-    other = fast._replace(seeds=[*range(2, 12)])
-    assert judge(slow, other)[2].startswith("incomplete")
+    assert (seeds, verdict) == ("10, 9", "**incomplete: not all seeds have finished**")
+    assert judge(slow, solved_at(*[2, 3] * 5, seeds=range(2, 12)))[2].startswith("**incomplete")
     four = (slow, fast, solved_at(*[8, 9] * 3), solved_at(*[2, 3] * 3))  # one maze may have more seeds than another
-    both = {"number": "ratio of both ratios", "formula": lambda a, b, c, d: (a / b) * (c / d)}
-    assert judge(*four, **both)[1:] == ("10, 6", "holds")
-    assert judge(*four[:3], fast, **both)[2].startswith("incomplete")
+    assert judge(*four, number="geometric mean of the ratios")[1:] == ("10, 6", "**holds**")
+    assert judge(*four[:3], fast, number="ratio of both ratios")[2].startswith("**incomplete")
 
 
 def test_large_means_are_written_in_full():
-    slow, fast = solved_at(*[10] * 10), solved_at(*[4] * 10)
-    many = [setting._replace(steps=setting.steps * 57) for setting in (slow, fast)]
+    many = [solved_at(*[n] * 10, steps=5700 * np.arange(11)) for n in (10, 4)]
     assert "57,000 / 22,800" in judge(*many)[0]
 
 
-def test_ratios_are_averaged_so_that_neither_side_gains_by_the_order():
-    twice, half = [claim for claim in reproduce.CLAIMS if claim.number.startswith("geometric")][:2]
-    assert twice.formula(2, 1, 1, 2) == pytest.approx(1) == half.formula(1, 2, 2, 1)
-    assert twice.formula(8, 1, 2, 1) == pytest.approx(4)
+def test_numbers_of_several_means():
+    """Of ratios the geometric mean, so that neither side gains by the order."""
+    mean = reproduce.NUMBERS["geometric mean of the ratios"]
+    assert mean(2, 1, 1, 2) == pytest.approx(1) == mean(1, 2, 2, 1)
+    assert mean(8, 1, 2, 1) == pytest.approx(4)
+    assert reproduce.NUMBERS["ratio of both ratios"](8, 2, 6, 3) == 2
 
 
 def test_means_that_are_not_positive_have_no_ratio():
@@ -215,19 +234,8 @@ def test_means_that_are_not_positive_have_no_ratio():
 
     bad, worse, good = (earning(*[mean] * 5) for mean in (-100.0, -200.0, 50.0))
     for pair in ((bad, worse), (good, worse), (worse, good)):
-        ours, _, verdict = judge(*pair, statistic=reproduce.MEAN_RETURN)
-        assert verdict.startswith("no ratio") and re.search(r"no ratio; P = [\d.]+$", ours)
-
-
-def test_seeds_of_another_version_may_have_other_tags():
-    old, new = curves(np.zeros((2, 3))), curves(np.zeros((1, 3)), visited=np.ones((1, 3)))
-    del new.values["eval/success_rate"]
-    both = reproduce.joined(old, new._replace(seeds=[9]))
-    assert both.seeds == [*old.seeds, 9] and both.values.keys() == old.values.keys() | new.values.keys()
-    for setting, own, others in ((old, slice(0, 2), slice(2, 3)), (new, slice(2, 3), slice(0, 2))):
-        for tag, values in setting.values.items():
-            np.testing.assert_array_equal(both.values[tag][own], values)
-            assert tag in (old if setting is new else new).values or np.isnan(both.values[tag][others]).all()
+        ours, _, verdict = judge(*pair, statistic="mean eval/return")
+        assert verdict.startswith("**no ratio") and re.search(r"no ratio; P = [\d.]+$", ours)
 
 
 def test_few_seeds_have_no_interval():
@@ -236,42 +244,54 @@ def test_few_seeds_have_no_interval():
 
 
 def test_the_probability_of_improvement_is_the_mann_whitney_statistic():
-    a, b = np.array([3.0, 1.0, 7.0, 5.0, 5.0]), np.array([2.0, 5.0, 4.0])
-    assert reproduce.probability_of_improvement(a, b) == pytest.approx(mannwhitneyu(a, b).statistic / 15)
     assert "; P = 0.19" in judge(solved_at(2, 9), solved_at(8, 9, 10, 10))[0]
+    a, b = [3, 1, 7, 5, 5], [2, 5, 4, 4, 4]
+    assert f"; P = {mannwhitneyu(a, b).statistic / 25:.2f}" in judge(solved_at(*a), solved_at(*b))[0]
 
 
-def test_claims_are_judged_by_the_same_runs_of_other_figures_and_those_without_any_are_listed(tmp_path):
+def test_a_claim_is_judged_where_all_its_runs_are_and_listed_where_not(tmp_path):
     settings = FIGURES["fig11"].panels[-1].runs.values()
+    table = pd.concat(dict.fromkeys(settings, solved_at(*[3] * 5)), names=["setting"])
     (tmp_path / "fig11").mkdir()
-    reproduce.write_data(tmp_path / "fig11" / "data.csv", dict.fromkeys(settings, solved_at(*[3] * 5)))
-    (tmp_path / "fig11" / "origin.json").write_text("[]")
+    table.to_csv(tmp_path / "fig11" / "data.csv")
+    runs = pd.DataFrame({"command": "c", "commit": "0123456", "machine": "m"}, table.index.droplevel("step").unique())
+    runs.to_csv(tmp_path / "fig11" / "runs.csv")
     reproduce.write_verdicts(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    table, not_run = text.split("\nNot run yet:\n")
-    judged = [line.split(" | ")[:2] for line in table.splitlines() if "PointUMaze-v0" in line]
-    assert [figure for figure, _ in judged] == ["| [fig11](#fig11)"] * 3 + ["| fig13, from [fig11](#fig11)"]
-    assert judged[0][1] == judged[3][1] == "Goal GAN: recall traces raise coverage faster (PointUMaze-v0)"
-    assert "- fig13: Goal GAN: recall traces raise coverage faster (AntUMaze-v0, mean of 2 tasks)\n" in not_run
-    assert "- fig8: " in not_run and "fig11:" not in not_run
+    judged, not_run = (tmp_path / "README.md").read_text().split("\nNot run yet:\n")
+    judged = [line.split(" | ")[:2] for line in judged.splitlines() if line.startswith("| [")]
+    assert [figure for figure, _ in judged] == ["| [fig11](#fig11)"] * 3
+    assert judged[0][1] == "recall traces: more area under the learning curve than Goal GAN (PointUMaze-v0)"
+    assert "- fig13: recall traces: more area in the mean than Goal GAN (PointUMaze-v0, AntUMaze-v0)\n" in not_run
+    assert "- fig8: " in not_run and "- fig11:" not in not_run
+    assert "Runs: 15 at 0123456 on m." in not_run  # not a number
 
 
 # ------------------------------------------------------------------------------------------------------ tables
 
 
-def test_all_figures_of_the_paper_are_there():
+def test_all_figures_of_the_paper_are_there(capsys):
     assert [name for name, figure in FIGURES.items() if figure.place != "ours"] == [f"fig{i}" for i in range(2, 20)]
     assert all(figure.panels for figure in FIGURES.values())
+    assert reproduce.main(Args(list=True)) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*FIGURES]
 
 
-@pytest.mark.parametrize("command", SETTINGS)
-@pytest.mark.parametrize("scale", ["smoke", "laptop", "paper"])
-def test_scripts_accept_their_flags(command, scale):
-    run = reproduce.make_run(command, 3, Args(scale=scale))
-    module = importlib.import_module(run.command[0].removesuffix(".py"))
-    args = tyro.cli(module.Args, args=[*run.command[1:], "--run-dir", str(run.folder)])
-    assert args.seed == 3
-    assert args.total_timesteps > 0
+def test_it_is_minimal():
+    assert len((ROOT / "reproduce.py").read_text().splitlines()) <= 700
+
+
+def test_scripts_accept_their_flags():
+    """Each flag of each script, with each value that is a word."""
+    parsed = set()
+    for setting, scale in itertools.product(SETTINGS, ("smoke", "laptop", "paper")):
+        _, script, *words = make_run(setting, 3, Args(scale=scale)).command.split()
+        key = (script, *(word for word in words if not re.fullmatch(r"[\d.e-]+", word)))
+        if key not in parsed:
+            module = importlib.import_module(script.removesuffix(".py"))
+            args = tyro.cli(module.Args, args=[*words, "--run-dir", "run"])
+            assert args.seed == 3 and args.total_timesteps > 0
+            parsed.add(key)
+    assert len(parsed) > 60
 
 
 def test_pep_723_block_holds_all_that_the_scripts_need():
@@ -283,483 +303,500 @@ def test_pep_723_block_holds_all_that_the_scripts_need():
 
 def test_runs_have_folders_of_their_own():
     """A setting with a budget of its own may be another setting's run at --scale smoke, where all budgets are alike."""
+    largest = FIGURES["maze-size"].panels[-1].runs["actor-critic"]
     for scale in ("smoke", "laptop"):
-        runs = [reproduce.make_run(command, seed, Args(scale=scale)) for command in SETTINGS for seed in (1, 2)]
+        runs = [make_run(setting, seed, Args(scale=scale)) for setting in SETTINGS for seed in (1, 2)]
         assert len({run.folder for run in runs}) == len({run.command for run in runs})
         assert scale == "smoke" or len({run.folder for run in runs}) == len(runs)
-        own = reproduce.make_run(reproduce.in_maze(reproduce.NONE, 41), 1, Args(scale=scale)).command
+        own = make_run(largest, 1, Args(scale=scale)).command.split()
         assert own[own.index("--total-timesteps") + 1] == ("1000" if scale == "smoke" else "1000000")
         assert own.count("--total-timesteps") == own.count("--eval-every") == 1
 
 
-@pytest.mark.parametrize("name", reproduce.TASKS)
-def test_the_default_is_one_of_the_trace_lengths_of_figure_8(name):
-    (panel,) = reproduce.trace_lengths(name)
-    length = 10 if name.startswith("Hopper") else 50 if name.startswith("Ant") else 20  # see test_recall_trpo.py
-    assert panel.runs[f"{length} steps"] == f"{reproduce.TRPO_LEARNED} --env-id {name}"
-    others = {label: command for label, command in panel.runs.items() if "--trace-length" in command}
-    assert all(f"--trace-length {label.split()[0]} " in command for label, command in others.items())
-    assert {int(label.split()[0]) for label in others} == {5, 10, 20, 50} - {length}
+def test_lengths_of_traces_in_figure_8_are_the_default_and_three_others():
+    module = importlib.import_module("recall_trpo")
+    for name, length in reproduce.TABLE_1.items():
+        assert getattr(module, "default_trace_length", lambda _, n=length: n)(name) == length
+        (panel,) = reproduce.trace_lengths(name)
+        assert panel.runs["as in Table 1"] == f"{reproduce.TRPO_RECALL} --env-id {name}"
+        others = {label: run for label, run in panel.runs.items() if label.endswith("steps")}
+        assert all(f"--trace-length {label.split()[0]} " in run for label, run in others.items())
+        assert {int(label.split()[0]) for label in others} == {5, 10, 20, 50} - {length}
 
 
-def test_no_two_settings_of_a_panel_have_the_same_colour():
-    success = np.zeros((2, 4))
-    for name in FIGURES:
-        data = {command: curves(success) for panel in FIGURES[name].panels for command in panel.runs.values()}
-        for setting in data.values():
-            setting.values["eval/visited_cells"] = setting.values["eval/coverage"] = success
-        figure = FIGURES[name]._replace(panels=tuple(p for p in FIGURES[name].panels if p.kind != "pictures"))
-        for axes in reproduce.draw_figure(figure, data, {}).axes:
-            colours = [line.get_color() for line in axes.lines if line.get_linewidth() > 2]
-            assert len(colours) == len(set(colours)), name
+def test_no_two_labels_of_a_figure_have_the_same_colour():
+    for figure in FIGURES.values():
+        labels = {label for panel in figure.panels if panel.kind != "pictures" for label in panel.runs}
+        assert len(labels) <= len(reproduce.COLOURS) + ("recall traces" in labels)
+    assert len({reproduce.BLUE, *reproduce.COLOURS}) == 1 + len(reproduce.COLOURS)
 
 
 def test_every_claim_is_about_settings_of_its_figure():
-    for claim in reproduce.CLAIMS:
-        settings = {command for panel in FIGURES[claim.figure].panels for command in panel.runs.values()}
-        assert set(claim.settings) <= settings, claim.text
-        assert bool(claim.settings) == bool(settings), claim.text
-    assert {claim.figure for claim in reproduce.CLAIMS} >= {f"fig{i}" for i in range(2, 20)} - {"fig12"}
+    for claim in CLAIMS:
+        settings = {setting for panel in FIGURES[claim.figure].panels for setting in panel.runs.values()}
+        assert claim.settings and set(claim.settings) <= settings, claim.text
+    assert {claim.figure for claim in CLAIMS} >= {f"fig{i}" for i in range(2, 20)} - {"fig5"}  # the runs of fig12
+    first = CLAIMS[0]  # the one that needs more steps comes first, so that the ratio is above 1 if the claim holds
+    assert first.settings == (f"{reproduce.NONE} --size 15", f"{reproduce.RECALL} --size 15")
+    (area,) = [claim for claim in CLAIMS if claim.figure == "fig6" and claim.text.endswith("(Ant-v5)")]
+    assert area.settings == (f"{reproduce.TRPO_RECALL} --env-id Ant-v5", f"{reproduce.TRPO} --env-id Ant-v5")
 
 
-# ------------------------------------------------------------------------------------------------------ figures
+def test_the_results_that_are_here_are_whole_and_of_the_commands_of_today(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    reproduce.check(Args(dry_run=True))
+    for name in FIGURES:
+        if (ROOT / "results" / name).exists():
+            data, runs = reproduce.read_tables(ROOT / "results" / name)
+            assert len(data) > 0 and data.index.is_unique and runs.index.is_unique
+            assert [*runs] == ["command", "commit", "machine", "versions"] and not runs.isna().any(axis=None)
+            assert {path.name for path in (ROOT / "results" / name).iterdir()} == {
+                "data.csv",
+                "runs.csv",
+                f"{name}.png",
+            }
 
 
-@pytest.fixture(scope="module")
-def smoke_runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Makes runs in this process, one after another, which is faster than a process for each."""
-    made = []
-
-    def execute(runs, workers):
-        for run in runs:
-            if not run.folder.exists():
-                module = importlib.import_module(run.command[0].removesuffix(".py"))
-                module.main(tyro.cli(module.Args, args=[*run.command[1:], "--run-dir", str(run.folder)]))
-                made.append(run)
-        return []
-
-    monkeypatch.setattr(reproduce, "execute_locally", execute)
-    return made
+# ------------------------------------------------------------------------------------------------------ smoke
 
 
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_smoke_makes_every_figure(name, tmp_path, smoke_runs, in_this_process, monkeypatch):
-    """One panel of each kind; the flags of all others are parsed by the test of all settings."""
-    kinds = {panel.kind: panel for panel in reversed(FIGURES[name].panels)}
-    monkeypatch.setitem(FIGURES, name, FIGURES[name]._replace(panels=tuple(kinds.values())))
-    args = Args(figures=(name,), scale="smoke", runs_dir=smoke_runs, results_dir=tmp_path / "results")
-    with pytest.raises(SystemExit) as exit:
-        reproduce.main(args)
-    assert exit.value.code == 0
-    folder = tmp_path / "results" / name
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["data.csv", "summary.csv", f"{name}.png", "commands.txt", "origin.json"]
-    )
-    with Image.open(folder / f"{name}.png") as image:
-        assert image.width > 400
-        assert len(set(image.convert("L").resize((64, 64)).get_flattened_data())) > 10  # not empty
-    settings = {command for panel in FIGURES[name].panels for command in panel.runs.values()}
-    assert reproduce.read_data(folder / "data.csv").keys() == settings
-    assert len((folder / "commands.txt").read_text().splitlines()) == len(settings)
-    verdicts = (tmp_path / "results" / "README.md").read_text()
-    assert f"]({name}/{name}.png)" in verdicts
-    assert all(claim.text.rpartition(" (")[0] in verdicts for claim in reproduce.CLAIMS)
+@smoke
+def test_one_figure_with_all_kinds_of_panels_and_all_scripts(tmp_path, monkeypatch, capsys):
+    """With runs in this process, one after another, which is faster than a process for each."""
+    made = []
 
-    before, made = contents(tmp_path / "results"), len(in_this_process)
-    shutil.rmtree(folder)
-    with pytest.raises(SystemExit):
-        reproduce.main(Args(figures=(name,), scale="smoke", runs_dir=smoke_runs, results_dir=tmp_path / "results"))
+    def execute_all(runs, args):
+        for run in runs:
+            _, script, *words = run.command.split()
+            module = importlib.import_module(script.removesuffix(".py"))
+            module.main(tyro.cli(module.Args, args=[*words, "--run-dir", str(run.folder)]))
+            made.append(run)
+        return 0
+
+    rooms = {"recall traces": reproduce.RECALL, "PER": reproduce.PER}
+    continuous = {"SAC": reproduce.SAC_RECALL, "TRPO": reproduce.TRPO_RECALL}
+    panels = reproduce.panels(reproduce.ROOM, (11,), rooms, "pictures")
+    panels += reproduce.panels(reproduce.ROOM, (11,), rooms, "finals", "eval/visited_cells")
+    panels += reproduce.panels(reproduce.TASK, ("Hopper-v5",), continuous)
+    maze = {"recall traces": reproduce.GAN_RECALL}
+    panels += reproduce.panels(reproduce.TASK, ("PointUMaze-v0",), maze, "pictures")
+    panels += reproduce.panels(reproduce.TASK, ("PointUMaze-v0",), maze, "curves", "eval/coverage")
+    growing = (Panel("11 x 11", reproduce.panels(reproduce.ROOM, (11,), rooms)[0].runs, "growth"),)
+    figures = {"fig2": PaperFigure("", "", panels), "fig3": PaperFigure("", "", growing)}
+    monkeypatch.setattr(reproduce, "FIGURES", figures)
+    monkeypatch.setattr(reproduce, "CLAIMS", ())
+    monkeypatch.setattr(reproduce, "execute_all", execute_all)
+    args = Args(scale="smoke", runs_dir=tmp_path / "runs", results_dir=tmp_path / "results")
+    assert reproduce.main(args) == 0
+    assert len(made) == 5  # the four-room runs serve both figures
+    for name, settings in (("fig2", 5), ("fig3", 2)):
+        folder = tmp_path / "results" / name
+        assert sorted(path.name for path in folder.iterdir()) == ["data.csv", f"{name}.png", "runs.csv"]
+        with Image.open(folder / f"{name}.png") as image:
+            assert image.width > 400 and len(set(image.convert("L").resize((64, 64)).get_flattened_data())) > 10
+        data, runs = reproduce.read_tables(folder)
+        assert len(runs) == len(reproduce.by_setting(data)) == settings
+        assert f"]({name}/{name}.png)" in (tmp_path / "results" / "README.md").read_text()
+
+    before = contents(tmp_path / "results")
+    shutil.rmtree(tmp_path / "results")
+    assert reproduce.main(args) == 0 and len(made) == 5  # nothing twice
+    assert contents(tmp_path / "results") == before
+    shutil.rmtree(tmp_path / "runs")
+    for name in figures:
+        (tmp_path / "results" / name / f"{name}.png").write_bytes(b"the old one")
+    capsys.readouterr()
+    assert reproduce.main(args) == 0 and len(made) == 5  # all rows are there, and curves are drawn from them alone
+    assert "the picture stays as it is, as the run folders of " in capsys.readouterr().err
     after = contents(tmp_path / "results")
-    assert {path for path in before if before[path] != after[path]} == set()
-    assert len(in_this_process) == made  # nothing twice
-
-
-def test_the_command_under_each_figure_of_the_results_makes_all_of_it():
-    text, args = (ROOT / "results" / "README.md").read_text(), Args(results_dir=ROOT / "results")
-    commands = re.findall(r"\)\. `python reproduce\.py (\S+)(?: --seeds (\d+))?`", text)
-    assert [name for name, _ in commands] == [name for name in FIGURES if (args.results_dir / name).exists()]
-    for name, seeds in commands:
-        args.seeds = int(seeds) if seeds else None
-        reproduce.refuse_to_lose(name, args)
+    assert {path.name for path in before if after[path] != before[path]} == {"fig2.png"}
+    assert after[Path("fig2/fig2.png")] == b"the old one"
 
 
 # ------------------------------------------------------------------------------------------------------ processes
 
-# A program that is reproduce.py with one short figure of two settings.
-DRIVER = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import reproduce
-runs = {{label: f"recall_a2c_fourroom.py --recall {{label}}" for label in ("none", "learned")}}
-reproduce.FIGURES = {{"fig2": reproduce.PaperFigure("6.1", "Four rooms", (reproduce.Panel("7 x 7", runs),))}}
-reproduce.CLAIMS = ()
-reproduce.SCALES["recall_a2c_fourroom.py"]["smoke"] = "STEPS"
+STUB = '''"""A script that needs a tenth of a second: it logs recorded evaluations, with a checkpoint after each."""
+import fcntl, json, os, pickle, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass
+class Args:
+    recall: str = "none"
+    total_timesteps: int = 4
+    seed: int = 1
+    num_steps: int = 192
+
 if __name__ == "__main__":
-    reproduce.main(reproduce.tyro.cli(reproduce.Args))
-"""
-
-
-def start(folder, *flags, steps=SMALL, **popen):
-    """Starts the program in a folder."""
-    (folder / "driver.py").write_text(DRIVER.replace("STEPS", steps))
-    env = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "driver.py", "--scale", "smoke", *flags]
-    return subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-    )
-
-
-def run(folder, *flags, **kwargs):
-    process = start(folder, *flags, **kwargs)
-    out, errors = process.communicate(timeout=300)
-    return process.returncode, out, errors
-
-
-def data(folder):
-    return (folder / "results" / "smoke" / "fig2" / "data.csv").read_bytes()
+    given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    if given.get("--recall") == "broken":
+        sys.exit("a warning\\nerror: --recall cannot be broken")
+    folder = Path(given.get("--resume") or given["--run-dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = open(folder / "lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is at work in {folder}")
+    if "--run-dir" in given:
+        args = {"num_steps": 192, "recall": given["--recall"], "run_dir": str(folder)}
+        args |= {"seed": int(given["--seed"]), "total_timesteps": int(given["--total-timesteps"])}
+        (folder / "args.json").write_text(json.dumps(args))
+    args, checkpoint = json.loads((folder / "args.json").read_text()), folder / "checkpoint.pt"
+    chunks = pickle.loads(Path(__file__).with_name("recorded").read_bytes())[args["recall"], args["seed"]]
+    for step in range(len(checkpoint.read_bytes()) if checkpoint.exists() else 0, len(chunks)):
+        while args["recall"] == "learned" and step == 2 and not Path(os.environ.get("GATE", "/")).exists():
+            time.sleep(0.01)
+        with open(folder / "events.out.tfevents.0", "ab") as events, open(folder / "steps", "a") as steps:
+            events.write(chunks[step])
+            steps.write(f"{step} ")
+        checkpoint.with_name("new").write_bytes(b"." * (step + 1))
+        checkpoint.with_name("new").replace(checkpoint)
+'''
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A folder in which the program has run, with one seed."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    status, out, errors = run(folder, steps=SMALL.replace("6000", "30000"))
-    assert (status, errors) == (0, ""), errors
+def scripts(tmp_path_factory):
+    """A folder with the script and what it logs: the file of events in pieces, one for each evaluation."""
+    folder, recorded = tmp_path_factory.mktemp("scripts"), {}
+    for recall, seed in itertools.product(("none", "learned"), (1, 2, 3)):
+        recorded[recall, seed] = []
+        for step in range(5):
+            value = Summary.Value(tag="eval/return", simple_value=step / 3 + seed + (recall == "none") / 7)
+            events = [Event(file_version="brain.Event:2")] if step == 0 else []
+            writer = RecordWriter(file := io.BytesIO())
+            for event in (*events, Event(step=step, summary=Summary(value=[value]))):
+                writer.write(event.SerializeToString())
+            recorded[recall, seed].append(file.getvalue())
+    (folder / "recorded").write_bytes(pickle.dumps(recorded))
+    (folder / "stub.py").write_text(STUB)
     return folder
 
 
+@pytest.fixture(autouse=True)
+def stubs(request, monkeypatch, tmp_path):
+    """In tests of processes, the program makes one short figure of two settings of the script."""
+    if request.node.get_closest_marker("xdist_group").args[0] != "test_reproduce processes":
+        return
+    monkeypatch.setattr(reproduce, "ROOT", scripts := request.getfixturevalue("scripts"))
+    monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure("none", "learned")})
+    monkeypatch.setattr(reproduce, "CLAIMS", ())
+    scales = {"smoke": "--total-timesteps 4", "laptop": "--total-timesteps 3"}
+    monkeypatch.setitem(reproduce.SCALES, "stub.py", scales)
+    monkeypatch.setattr(reproduce, "origin", lambda: {"commit": "0123456", "machine": "1 core", "versions": "python 3"})
+    monkeypatch.syspath_prepend(scripts)
+    monkeypatch.chdir(tmp_path)
+
+
+def figure(*modes):
+    return PaperFigure("6.1", "Stub", (Panel("stub", {mode: f"stub.py --recall {mode}" for mode in modes}),))
+
+
+def start(folder, *words, gate="/"):
+    """Starts the program in a folder, as a fork of this process, which has all imports; returns its number.
+
+    Runs with a learned model stop before their third evaluation until there is a file `gate`.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        os.environ["GATE"] = str(gate)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, name in ((1, "out"), (2, "errors")):
+            os.dup2(os.open(Path(f"{folder}.{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        try:
+            status = reproduce.main(tyro.cli(Args, args=["--scale", "smoke", *words]))
+        except (reproduce.UsageError, KeyboardInterrupt) as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 130 if isinstance(error, KeyboardInterrupt) else 2
+        except BaseException:
+            traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def finish(child, folder):
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, Path(f"{folder}.out").read_text(), Path(f"{folder}.errors").read_text()
+
+
+def run(folder, *words):
+    folder.mkdir(exist_ok=True)
+    return finish(start(folder, *words), folder)
+
+
+def tables(folder):
+    return {path: data for path, data in contents(folder / "results" / "smoke").items() if path.name != "lock"}
+
+
+def wait_until(true):
+    deadline = time.time() + 60
+    while not true():
+        assert time.time() < deadline
+        time.sleep(0.005)
+
+
+def is_free(run_dir):
+    with open(run_dir / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A function that gives a folder in which the program has run with so many seeds, to be read only."""
+    made = {}
+
+    def folder(seeds=1):
+        if seeds not in made:
+            made[seeds] = tmp_path_factory.mktemp("finished") / "folder"
+            status, out, errors = run(made[seeds], "--seeds", str(seeds))
+            assert (status, errors) == (0, ""), errors
+            assert out == "fig2: results/smoke/fig2/fig2.png\n"
+        return made[seeds]
+
+    return folder
+
+
+@processes
 @pytest.mark.parametrize("number, whole_group", [(9, False), (9, True), (signal.SIGINT, False)])
-def test_killed_and_started_again_it_loses_nothing_and_runs_nothing_twice(number, whole_group, tmp_path, uninterrupted):
-    """Killed alone, it leaves a process that goes on; killed as a group, one that has to be resumed."""
-    steps = SMALL.replace("6000", "30000")
-    process = start(tmp_path, "--workers", "1", steps=steps, start_new_session=True)
-    runs = tmp_path / "runs" / "reproduce" / "recall_a2c_fourroom"
-    deadline = time.time() + 120
-    while len([*runs.glob("*/checkpoint.pt")]) < 2 and time.time() < deadline:  # in the middle of the second run
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, number) if whole_group else process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if number != signal.SIGKILL:
-        assert process.returncode == 130
-        assert "goes on from here" in errors
-    (first,) = runs.glob("recall=none*seed=1")
+def test_interrupted_and_started_again_it_loses_nothing_and_runs_nothing_twice(number, whole_group, tmp_path, finished):
+    """Killed alone, it leaves a process that goes on; killed as a group, or interrupted, one that is resumed."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    child, runs = start(folder, "--workers", "1", gate=tmp_path / "gate"), folder / "runs" / "reproduce" / "stub"
+    wait_until(lambda: len([*runs.glob("*/checkpoint.pt")]) == 2)  # in the middle of the second run
+    os.killpg(child, number) if whole_group else os.kill(child, number)
+    status, _, errors = finish(child, folder)
+    first, second = (runs / f"recall={mode}_total-timesteps=4_seed=1" for mode in ("none", "learned"))
     before = contents(first)
-    others = [start(tmp_path, "--workers", "2", steps=steps) for _ in range(2)]  # two at once do no harm
-    for other in others:
-        _, errors = other.communicate(timeout=120)
-        assert (other.returncode, errors) == (0, ""), errors
+    if number == signal.SIGINT:
+        assert (status, errors) == (130, "error: stopped; the same command goes on from here\n")
+    if number == 9 and not whole_group:
+        status, _, errors = run(folder)  # which finds a run at work, says so and goes on
+        assert status == 1 and f"error: another process is at work in {second.relative_to(folder)}\n" in errors
+        assert "fig2: 1 runs are not finished" in errors
+        assert len(reproduce.read_tables(folder / "results" / "smoke" / "fig2")[1]) == 1
+    (tmp_path / "gate").touch()
+    wait_until(lambda: is_free(second))
+    assert ("4" in (second / "steps").read_text()) == (number == 9 and not whole_group)
+    others = [start(folder, "--workers", "2") for _ in range(2)]  # two at once do no harm
+    statuses = [finish(other, folder)[0] for other in others]
+    assert 0 in statuses
     assert contents(first) == before  # the first run was finished
-    assert data(tmp_path) == data(uninterrupted)
+    steps = (second / "steps").read_text().split()
+    assert [*dict.fromkeys(steps)] == [*"01234"] and len(steps) <= 6  # at most the one that was cut short again
+    assert run(folder)[0] == 0
+    assert tables(folder) == tables(finished())
 
 
-def test_deleted_results_come_back_byte_for_byte(tmp_path, uninterrupted):
-    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
-    before = contents(folder / "results")
+@processes
+def test_deleted_results_come_back_byte_for_byte_and_nothing_is_run_again(tmp_path, finished):
+    folder = Path(shutil.copytree(finished(2), tmp_path / "copy"))
+    before, runs = tables(folder), contents(folder / "runs")
     shutil.rmtree(folder / "results")
-    status, _, errors = run(folder, steps=SMALL.replace("6000", "30000"))
-    assert (status, errors) == (0, "")
-    assert contents(folder / "results") == before
+    assert run(folder, "--seeds", "2")[0] == 0
+    assert tables(folder) == before and {*map(str, before)} >= {"fig2/data.csv", "fig2/runs.csv", "fig2/fig2.png"}
+    assert contents(folder / "runs") == runs
+    assert run(folder, "--plot-only")[0] == 0 and tables(folder) == before  # fewer seeds lose nothing
 
 
-def test_extend_keeps_what_there_is_and_runs_only_what_it_lacks(tmp_path, uninterrupted):
-    steps = SMALL.replace("6000", "30000")
-    shutil.copytree(uninterrupted / "results", tmp_path / "results")
-    status, commands, errors = run(tmp_path, "--extend", "--seeds", "2", "--dry-run", steps=steps)
-    assert (status, errors, commands.count("--seed 2"), len(commands.splitlines())) == (0, "", 2, 2)
+@processes
+def test_rows_that_are_lacking_are_run_and_added(tmp_path, finished):
+    """Without the folders of the runs that are there, which may have been made on another machine."""
+    folder = tmp_path / "folder"
+    shutil.copytree(finished() / "results", folder / "results")
+    status, commands, errors = run(folder, "--seeds", "3", "--dry-run")
+    assert (status, errors) == (0, "") and not (folder / "runs").exists()
+    assert [line.split()[-3] for line in commands.splitlines()] == ["2", "3"] * 2
     for _ in range(2):  # the second time there is nothing left to do
-        status, _, errors = run(tmp_path, "--extend", "--seeds", "2", steps=steps)
+        status, _, errors = run(folder, "--seeds", "3")
         assert (status, errors) == (0, "")
-        rows = data(tmp_path).decode().splitlines()
-        assert [row for row in rows if ",2," not in row] == data(uninterrupted).decode().splitlines()
-        assert len(rows) == 2 * len(data(uninterrupted).decode().splitlines()) - 1
-        folder = tmp_path / "results" / "smoke" / "fig2"
-        assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [4]
-        assert [line.count("--seed 2") for line in (folder / "commands.txt").read_text().splitlines()] == [0, 1, 0, 1]
-    folders = [path.parent for path in tmp_path.glob("runs/reproduce/*/*/args.json")]
-    assert len(folders) == 2
-    shutil.rmtree(tmp_path / "results")  # two runs again, one of them of another version: it is drawn in no way
-    shutil.copytree(uninterrupted / "results", tmp_path / "results")
-    arguments = json.loads((folders[0] / "args.json").read_text())
-    (folders[0] / "args.json").write_text(json.dumps(arguments | {"num_traces": 7}))
-    for _ in range(2):
-        status, _, errors = run(tmp_path, "--extend", "--seeds", "2", "--plot-only", steps=steps)
-        assert status == 1 and "1 runs are not finished or of another version" in errors
-        assert [made["runs"] for made in json.loads((folder / "origin.json").read_text())] == [3]
-    before = contents(tmp_path)
-    status, _, errors = run(tmp_path, "--extend", "--seeds", "3", steps=SMALL)
-    assert status == 2 and errors.startswith("error: --extend: ") and errors.count("\n") == 1
-    assert {k: v for k, v in contents(tmp_path).items() if k.name != "driver.py"} == {
-        k: v for k, v in before.items() if k.name != "driver.py"
+        assert tables(folder) == tables(finished(3))
+        assert len([*(folder / "runs").glob("reproduce/stub/*/args.json")]) == 4
+    data, runs = reproduce.read_tables(folder / "results" / "smoke" / "fig2")
+    assert runs.index.tolist() == [
+        (f"stub.py --recall {mode}", seed) for mode in ("none", "learned") for seed in (1, 2, 3)
+    ]
+    assert runs["command"].iloc[4] == "python stub.py --recall learned --total-timesteps 4 --seed 2"
+    assert runs["commit"].tolist() == ["0123456"] * 6
+    assert data.index.get_level_values("step").tolist() == [*range(5)] * 6
+    expected = [step / 3 + seed + none / 7 for none in (1, 0) for seed in (1, 2, 3) for step in range(5)]
+    np.testing.assert_allclose(data["eval/return"], expected, rtol=1e-5)
+
+
+@processes
+def test_rows_of_other_commands_runs_of_other_versions_and_damaged_tables_are_refused(tmp_path, finished):
+    """In one line, before anything is run or changed."""
+
+    def refused(message, *words, folder):
+        before = contents(folder)
+        status, _, errors = run(folder, *words)
+        assert (status, errors.count("\n")) == (2, 1) and re.search(message, errors), errors
+        assert contents(folder) == before
+
+    folder = Path(shutil.copytree(finished(), tmp_path / "copy"))
+    other = "fig2 was made by other commands than those of today: delete .*or take another --results-dir.*timesteps 4"
+    refused(other, "--scale", "laptop", "--seeds", "3", "--results-dir", "results/smoke", folder=folder)
+    arguments = next(folder.glob("runs/reproduce/*/recall=none*/args.json"))
+    arguments.write_text(arguments.read_text().replace("192", "5"))
+    words = ("--seeds", "2", "--results-dir", "new")
+    (folder / "new").mkdir()
+    (folder / "new" / "lock").touch()
+    refused("is of another version: --num-steps was 5 and is 192 now. Delete it", *words, folder=folder)
+    table = folder / "results" / "smoke" / "fig2" / "data.csv"
+    for text in ("", "setting,seed,step\na,b", "setting,seed,step,eval/return\na,1,2,3", table.read_text() + "x,y"):
+        table.write_text(text)
+        refused("--results-dir: results/smoke/fig2 is damaged", "--seeds", "3", folder=folder)
+
+
+@processes
+def test_runs_that_were_evaluated_at_other_steps_are_not_mixed(tmp_path, finished):
+    folder = Path(shutil.copytree(finished(), tmp_path / "copy"))
+    table = folder / "results" / "smoke" / "fig2" / "data.csv"
+    table.write_text(table.read_text().replace(",1,3,", ",1,30,"))
+    before = tables(folder)
+    status, _, errors = run(folder, "--seeds", "2")
+    assert (status, errors) == (
+        1,
+        "fig2: new runs have other steps than results/smoke/fig2, take another --results-dir\n",
+    )
+    assert {path: data for path, data in tables(folder).items() if "fig2" in str(path)} == {
+        path: data for path, data in before.items() if "fig2" in str(path)
     }
 
 
-def test_figures_are_written_by_one_at_a_time(tmp_path, monkeypatch):
-    """What is kept of a figure is read under a lock on the folder of the results."""
-    calls = []
-    monkeypatch.setattr(fcntl, "flock", lambda file, _: calls.append(os.fstat(file).st_ino))
-    monkeypatch.setattr(reproduce, "make_figure", lambda *_: calls.append("figure"))
-    with pytest.raises(SystemExit):
-        reproduce.main(Args(figures=("fig2",), plot_only=True, results_dir=tmp_path, runs_dir=tmp_path / "runs"))
-    assert calls == [tmp_path.stat().st_ino, "figure"]
-
-
-def test_a_figure_never_loses_a_run(tmp_path, uninterrupted):
-    steps = SMALL.replace("6000", "30000")
-    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
-    assert run(folder, "--seeds", "2", steps=steps)[0] == 0  # the same and more
-    before = contents(folder / "results")
-    for words, other in ((("--seeds", "1"), steps), (("--plot-only",), steps), (("--seeds", "2"), SMALL)):
-        status, _, errors = run(folder, *words, steps=other)
-        assert status == 2 and errors.count("\n") == 1
-        assert "--extend keeps them, or take more --seeds, another --scale or another --results-dir" in errors
-        assert contents(folder / "results") == before
-    assert run(folder, "--extend", "--seeds", "1", steps=steps)[0] == 0
-    assert contents(folder / "results") == before
-    (lost,) = folder.glob("runs/reproduce/*/recall=none*seed=2")
-    shutil.rmtree(lost)
-    status, _, errors = run(folder, "--seeds", "2", "--plot-only", steps=steps)
-    assert status == 1 and "was made of some of these and is left as it is" in errors
-    assert contents(folder / "results") == before
-
-
-@pytest.mark.parametrize(
-    "file, text", [("data.csv", ""), ("data.csv", "setting,seed,step\na,b"), ("origin.json", "[3]")]
-)
-def test_damaged_results_are_refused_before_anything_is_run(file, text, tmp_path, uninterrupted):
-    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
-    (folder / "results" / "smoke" / "fig2" / file).write_text(text)
-    before = contents(folder)
-    status, _, errors = run(folder, "--seeds", "3", steps=SMALL.replace("6000", "30000"))
-    assert status == 2 and errors.count("\n") == 1
-    assert errors.startswith("error: --results-dir: results/smoke/fig2 is damaged")
-    assert contents(folder) == before
-
-
-def test_commands_of_a_dry_run_give_the_same_figure(tmp_path, uninterrupted):
-    steps = SMALL.replace("6000", "30000")
-    status, commands, _ = run(tmp_path, "--dry-run", steps=steps)
-    assert status == 0
-    assert len(commands.splitlines()) == 2
-    assert [path.name for path in tmp_path.iterdir() if path.name != "driver.py"] == []
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "envs", tmp_path / "envs")
+@processes
+def test_commands_of_a_dry_run_give_the_same_numbers(tmp_path, finished, scripts):
+    folder = tmp_path / "folder"
+    shutil.copytree(scripts, folder)
+    status, commands, _ = run(folder, "--dry-run")
+    assert status == 0 and len(commands.splitlines()) == 2
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for command in commands.splitlines():
-        subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, check=True, capture_output=True)
-    status, _, errors = run(tmp_path, "--plot-only", steps=steps)
+        subprocess.run(["sh", "-c", command], cwd=folder, env=env, check=True, capture_output=True)
+    status, _, errors = run(folder, "--plot-only")
     assert (status, errors) == (0, "")
-    assert data(tmp_path) == data(uninterrupted)
-    assert run(tmp_path, "--dry-run", steps=steps) == (0, "", "")  # nothing is left
-    (half_done,) = tmp_path.glob("runs/reproduce/*/recall=none*seed=1")
-    for file in half_done.glob("events.*"):
-        file.unlink()
-    status, commands, _ = run(tmp_path, "--dry-run", steps=steps)
-    assert commands == f"python recall_a2c_fourroom.py --resume {shlex.quote(str(half_done.relative_to(tmp_path)))}\n"
+    found, expected = (tables(path) for path in (folder, finished()))
+    assert found[Path("fig2/data.csv")] == expected[Path("fig2/data.csv")]
+    assert b"unknown" in found[Path("fig2/runs.csv")]
+    shutil.rmtree(folder / "results")
+    assert run(folder, "--dry-run") == (0, "", "")  # nothing is left
+    (half_done,) = folder.glob("runs/reproduce/*/recall=none*seed=1")
+    (half_done / "events.out.tfevents.0").unlink()
+    assert run(folder, "--dry-run")[1] == f"python stub.py --resume {shlex.quote(str(half_done.relative_to(folder)))}\n"
 
 
-def test_a_run_that_fails_is_reported_and_stops_no_other(tmp_path):
-    """The commands of `learned` are refused by the script, as its maze is too small."""
-    (tmp_path / "recall_a2c_fourroom.py").write_text("")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    driver = DRIVER.replace('--recall {label}"', "--recall {label} --size {7 if label == 'none' else 6}\"")
-    (folder / "broken.py").write_text(driver.replace("STEPS", SMALL.removeprefix("--size 7 ")))
-    result = subprocess.run(
-        [sys.executable, "broken.py", "--scale", "smoke"], cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 1
-    assert "exit status 2" in result.stderr
-    assert "--size must be from 7" in result.stderr
-    assert "1 of 2 runs failed" in result.stderr
-    read = reproduce.read_data(folder / "results" / "smoke" / "fig2" / "data.csv")
-    assert [setting.seeds for setting in read.values()] == [[1]]  # of the other setting
+@processes
+def test_a_run_that_fails_is_reported_and_stops_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "FIGURES", {"fig2": figure("broken", "learned")})
+    status, out, errors = run(tmp_path / "folder", "--workers", "1")
+    assert (status, out) == (1, "fig2: results/smoke/fig2/fig2.png\n")
+    report, missing = errors.splitlines()
+    assert re.fullmatch(r"stub.py --recall broken .* exit status 1: error: --recall cannot be broken", report)
+    assert missing.startswith("fig2: 1 runs are not finished, the first is runs/reproduce/stub/recall=broken_")
+    data, _ = reproduce.read_tables(tmp_path / "folder" / "results" / "smoke" / "fig2")
+    assert [*reproduce.by_setting(data)] == ["stub.py --recall learned"]
 
 
-def test_an_interrupt_ends_the_wait_for_a_process_that_is_still_at_work(tmp_path):
-    folder = tmp_path / "runs" / "reproduce" / "recall_a2c_fourroom"
-    folder.mkdir(parents=True)
-    (tmp_path / "driver.py").write_text(DRIVER.replace("STEPS", SMALL))
-    listed = subprocess.run(
-        [sys.executable, "driver.py", "--scale", "smoke", "--dry-run"], cwd=tmp_path, capture_output=True, text=True
-    )
-    logs = [Path(shlex.split(line)[-1] + ".log") for line in listed.stdout.splitlines()]
-    with (tmp_path / logs[0]).open("a") as one, (tmp_path / logs[1]).open("a") as other:
-        for log in (one, other):
-            fcntl.flock(log, fcntl.LOCK_EX)
-        process = start(tmp_path)
-        time.sleep(5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert not [*folder.glob("*/args.json")]
+@processes
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, finished):
+    reproduce.write(tmp_path / "file", b"old")
+    monkeypatch.setattr(Path, "replace", lambda *_: {}["killed"])
+    with pytest.raises(KeyError):
+        reproduce.write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_run_of_another_version_is_not_taken_for_one_of_today(tmp_path, uninterrupted):
-    folder = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
-    (run_dir,) = folder.glob("runs/reproduce/*/recall=none*seed=1")
-    saved = json.loads((run_dir / "args.json").read_text())
-    (run_dir / "args.json").write_text(json.dumps(saved | {"num_steps": 5}))
-    status, _, errors = run(folder, steps=SMALL.replace("6000", "30000"))
-    assert status == 1
-    assert "num_steps was 5 and is 192 now" in errors
+@processes
+def test_slurm_gets_one_job_array(tmp_path, monkeypatch, finished):
+    """Of so many jobs at a time, with a stand-in for submitit, which runs them here."""
+    calls = []
 
+    class Executor:
+        def __init__(self, folder, cluster):
+            calls.append((str(folder), cluster))
 
-def test_a_damaged_figure_is_never_left_behind(tmp_path, monkeypatch, smoke_runs, in_this_process):
-    """Whatever is interrupted, data.csv is written last and whole."""
-    args = {"figures": ("fig14",), "scale": "smoke", "runs_dir": smoke_runs, "results_dir": tmp_path}
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(reproduce, "draw_figure", lambda *_: {}["broken"])
-        reproduce.main(Args(**args))
-    assert [*tmp_path.iterdir()] == []
+        def update_parameters(self, **options):
+            calls.append(options["slurm_array_parallelism"])
 
+        def map_array(self, function, *columns):
+            columns = pickle.loads(pickle.dumps(columns))  # as they travel to another machine
+            return [ThreadPoolExecutor(1).submit(function, *row) for row in zip(*columns, strict=True)]
 
-@pytest.mark.skipif(not all(map(shutil.which, ("slurmctld", "slurmd", "sbatch"))), reason="Slurm is not installed")
-def test_slurm_makes_the_same_figure(tmp_path, uninterrupted):
-    """On a real slurmctld and slurmd of our own."""
-    pytest.importorskip("submitit", reason="submitit is not installed")
-    if os.geteuid() != 0:
-        pytest.skip("slurmd needs root")
-    host, folder = os.uname().nodename, tmp_path / "slurm"
-    (folder / "state").mkdir(parents=True)
-    (folder / "spool").mkdir()
-    (folder / "slurm.conf").write_text(
-        f"ClusterName=test\nSlurmctldHost={host}\nAuthType=auth/none\nCredType=cred/none\nSlurmUser=root\n"
-        f"SlurmdUser=root\nStateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool\n"
-        f"SlurmctldPidFile={folder}/slurmctld.pid\nSlurmdPidFile={folder}/slurmd.pid\nSlurmctldPort=27917\n"
-        f"SlurmdPort=27918\nProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nMpiDefault=none\n"
-        f"SelectType=select/cons_tres\nSelectTypeParameters=CR_Core\nReturnToService=2\n"
-        f"NodeName={host} CPUs=2 State=UNKNOWN\nPartitionName=main Nodes=ALL Default=YES State=UP\n"
-    )
-    env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
-    daemons = [
-        subprocess.Popen([name, "-D"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for name in ("slurmctld", "slurmd")
-    ]
-    try:
-        (tmp_path / "driver.py").write_text(DRIVER.replace("STEPS", SMALL.replace("6000", "30000")))
-        command = [sys.executable, "driver.py", "--scale", "smoke", "--engine", "slurm"]
-        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        assert data(tmp_path) == data(uninterrupted)
-        assert len([*(tmp_path / "runs" / "reproduce" / "slurm").glob("*_submission.sh")]) == 1  # one job array
-    finally:
-        for daemon in daemons:
-            daemon.terminate()
-            daemon.wait(timeout=60)
+    helpers = SimpleNamespace(as_completed=as_completed)
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor, helpers=helpers))
+    assert reproduce.main(Args(scale="smoke", engine="slurm", workers=7)) == 0
+    assert calls == [("runs/reproduce/slurm", "slurm"), 7]
+    assert tables(tmp_path) == tables(finished())
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(
-    "word, settings",
-    [
+def test_refuses_bad_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "fig2"):
+        Path(name).write_text("precious")
+    for word, settings in (
         ("figures", {"figures": ("fig1",)}),
         ("figures", {"figures": ("fig2", "nonsense")}),
         ("--seeds", {"seeds": 0}),
         ("--workers", {"workers": 0}),
-        ("--runs-dir", {"runs_dir": Path("file/runs")}),
-        ("--results-dir", {"results_dir": Path("file")}),
-        ("--results-dir", {"results_dir": Path("."), "figures": ("fig2",)}),
-    ],
-)
-def test_refuses_bad_input(word, settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in ("file", "fig2"):
-        Path(name).write_text("precious")
-    with pytest.raises(SystemExit) as exit:
-        reproduce.main(Args(**settings))
-    out, errors = capsys.readouterr()
-    assert (exit.value.code, out) == (2, "")
-    assert len(errors.splitlines()) == 1
-    assert word in errors
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"file", "fig2"}
+        ("file", {"runs_dir": Path("file/runs")}),
+        ("file", {"results_dir": Path("file")}),
+    ):
+        with pytest.raises((reproduce.UsageError, OSError)) as error:
+            reproduce.main(Args(**settings))
+        assert word in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"file", "fig2", "lock"}
     assert Path("file").read_text() == "precious"
 
 
-def test_slurm_without_submitit_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as exit:
-        reproduce.main(Args(engine="slurm"))
-    assert exit.value.code == 2
-    assert "pip install submitit" in capsys.readouterr().err
-
-
-def test_slurm_that_cannot_be_had_is_refused(tmp_path, monkeypatch, capsys):
-    """submitit looks for srun when the executor is made."""
-
-    class NoSlurm:
-        def __init__(self, *_, **__):
-            raise RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?')
-
-    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=NoSlurm))
-    monkeypatch.setitem(sys.modules, "submitit.helpers", SimpleNamespace(as_completed=None))
-    with pytest.raises(SystemExit) as exit:
-        reproduce.execute_on_slurm([Run(("recall_sac.py",), tmp_path / "runs" / "script" / "run")], 1)
-    assert exit.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --engine slurm: the jobs cannot be submitted: Could not detect")
+def test_the_command_line_is_refused_in_one_line(tmp_path):
+    for words in (["fig1"], ["--seeds", "0"], ["fig2", "--engine", "slurm"]):
+        command = [sys.executable, str(ROOT / "reproduce.py"), *words]
+        if words[-1] == "slurm" and importlib.util.find_spec("submitit"):
+            continue  # it would go on
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.fullmatch(r"error: [^\n]*(figures|--seeds|submitit)[^\n]*\n", result.stderr), result.stderr
 
 
 def test_plot_only_without_runs_writes_no_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        reproduce.main(Args(figures=("fig2",), plot_only=True))
-    assert exit.value.code == 1
+    assert reproduce.main(Args(figures=("fig2",), plot_only=True)) == 1
     assert "40 runs are not finished" in capsys.readouterr().err
     assert not (tmp_path / "results" / "fig2").exists()
 
 
-@pytest.mark.parametrize(("name", "drawn"), [("fig14", True), ("fig3", False)])
-def test_curves_are_drawn_again_from_data_alone_but_pictures_need_run_folders(name, drawn, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "write_verdicts", lambda folder: None)  # which takes its time
-    shutil.copytree(Path(reproduce.__file__).parent / "results" / name, tmp_path / "results" / name)
-    picture = tmp_path / "results" / name / f"{name}.png"
-    picture.write_bytes(b"the old one")
-    before = contents(tmp_path / "results" / name)
-    with pytest.raises(SystemExit, match="0"):
-        reproduce.main(Args(figures=(name,), extend=True, plot_only=True))
-    after = contents(tmp_path / "results" / name)
-    assert {path.name for path in before if after[path] != before[path]} == ({picture.name} if drawn else set())
-    assert picture.read_bytes().startswith(b"\x89PNG" if drawn else b"the old one")
-
-
-def test_list_names_all_figures(capsys):
-    reproduce.main(Args(list=True))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*FIGURES]
-
-
 def test_dry_run_prints_commands_of_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    reproduce.main(Args(figures=("fig2", "fig9"), dry_run=True, seeds=2))
+    assert reproduce.main(Args(figures=("fig2", "fig9"), dry_run=True, seeds=2)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) == 4 * 3 * 2  # figure 2 is part of figure 9
     assert all(shlex.split(line)[:2] == ["python", "recall_a2c_fourroom.py"] for line in lines)
+    assert [*tmp_path.iterdir()] == []
 
 
-def test_origin_names_commit_versions_and_hardware():
-    origin = json.loads(json.dumps(reproduce.origin()))
-    assert {"commit", "python", "torch", "numpy", "gymnasium", "hardware"} <= origin.keys()
-    assert origin["hardware"].startswith(f"{os.cpu_count()} cores of ")
-
-
-def test_origin_is_known_but_for_the_commit_where_there_is_no_git(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_origin_names_commit_machine_and_versions(monkeypatch, tmp_path):
+    origin = reproduce.origin()
+    assert re.fullmatch(r"[0-9a-f]+(-dirty)?|unknown", origin["commit"])
+    assert origin["machine"].startswith(f"{os.cpu_count()} cores of ")
+    assert re.fullmatch(r"python [\d.]+; torch \S+; numpy \S+; gymnasium \S+; mujoco \S+", origin["versions"])
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)  # there is no git here
     assert reproduce.origin()["commit"] == "unknown"
