@@ -62,9 +62,8 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------ figures
-# Flags of each script at each scale. The laptop's soft actor-critic has networks and batches of half the size. The
-# paper's TRPO has batch, KL bound and discount of Nagabandi et al. (2017). With Goal GAN the point mass gets 40 outer
-# iterations, the ant 40 with half of the batch; at the paper's scale the ant gets 155.
+# Flags at each scale. The laptop's soft actor-critic has networks and batches of half the size; the paper's TRPO has
+# batch, KL bound and discount of Nagabandi et al. (2017). Goal GAN has 40 outer iterations, the paper's ant 155.
 FOUR_ROOMS = dict.fromkeys(("laptop", "paper"), "--total-timesteps 100000")
 FOUR_ROOMS["smoke"] = "--total-timesteps 1000 --eval-every 250"
 GOAL_GAN = dict.fromkeys(("laptop", "paper"), "--total-timesteps 4000000")
