@@ -318,12 +318,11 @@ class Run(NamedTuple):
         events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0, "images": 0}).Reload()
         script, total = self.command.split()[1], int(self.command.split("--total-timesteps ")[1].split()[0])
         try:
-            last = [events.Scalars("eval/return")[-1].step]
-            draws = script in PICTURES and "PointMass" not in self.command  # a box has no map
-            last += [events.Images(PICTURES[script])[-1].step] if draws else []
+            tags = [events.Scalars("eval/return")]  # and pictures, but a point mass in a box has none
+            tags += [events.Images(PICTURES[script])] if script in PICTURES and "PointMass" not in self.command else []
         except KeyError:  # not logged yet
             return None
-        return events if min(last) >= total else None
+        return events if min(tag[-1].step for tag in tags) >= total else None
 
 
 def make_run(setting: str, seed: int, args: Args) -> Run:
@@ -531,6 +530,7 @@ def draw_curves(axes, panel: Panel, found: dict, colours: dict[str, str]) -> Non
         axes.plot(thousands, interquartile_mean(values), color=colour, lw=2.2, ls=dashes, label=label)
     axes.set(xlabel="environment steps (thousands)", ylabel=LABELS[panel.tag], title=panel.title)
     axes.set_xlim(right=min((panel.until or np.inf) / 1000, axes.get_xlim()[1]))
+    axes.locator_params(axis="x", nbins=6)
 
 
 def draw_finals(axes, panel: Panel, found: dict, colours: dict[str, str]) -> None:
