@@ -742,6 +742,8 @@ def main(args: Args) -> Path:
     torch.set_num_threads(args.torch_threads)
     torch.manual_seed(args.seed)
     actor = Actor(state_dim, action_dim, args.hidden).to(args.device)  # Alg. 1, line 1
+    if not args.learn_std:
+        actor.log_std.register_hook(torch.zeros_like)  # its gradient is 0, so the standard deviation stays 1
     critic = Critic(actor.normaliser, state_dim, args.hidden).to(args.device)
     optimizer = torch.optim.Adam(critic.net.parameters(), lr=args.critic_lr, fused=True)
     gan = GoalGAN(*env.goal_box()).to(args.device)
@@ -832,8 +834,6 @@ def main(args: Args) -> Path:
                         states, inside = relabel(env, states, their_goals[some], inside)  # Alg. 1, lines 12 and 13
                         metrics |= imitate(actor, imitation_optimizer, states, actions, inside)
                     metrics |= limit_change(actor, old_actor, visited, args)
-                if not args.learn_std:
-                    actor.log_std.data.zero_()  # the standard deviation stays 1
                 if step % outer_batch == 0:  # an outer iteration ends: which goals are of intermediate difficulty now?
                     labellers = make_envs(args, args.label_rollouts * len(goals), args.max_episode_steps, step)
                     labels = goal_labels(success_rates(labellers, actor, goals, args.label_rollouts).mean(dim=0), args)
