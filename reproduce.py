@@ -80,7 +80,7 @@ SCALES = {
     },
     "recall_trpo.py": {
         "smoke": "--total-timesteps 512 --num-steps 64 --recall-until 1 --eval-every 512 --eval-episodes 1",
-        "laptop": "--total-timesteps 500000 --eval-every 25000 --eval-episodes 5",
+        "laptop": "--total-timesteps 2000000 --eval-every 50000 --eval-episodes 5",
         "paper": "--total-timesteps 2000000 --num-envs 16 --num-steps 3125 --max-kl 0.05 --gamma 0.995 "
         "--recall-every 5 --recall-until 1 --eval-every 50000",
     },
@@ -138,7 +138,7 @@ LENGTHS = {"1 : 1 (25)": ONCE} | {
     f"1 : {n} ({length})": f"{RECALL} --recall-updates {n} --trace-length {length}"
     for n, length in ((5, 25), (5, 10), (20, 25), (20, 5))
 }
-POINT, ANT = "PointUMaze-v0", "AntUMaze-v0"
+POINT, FLAT, ANT = "PointUMaze-v0", "envs:PointUMazeFlat-v0", "AntUMaze-v0"
 TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5")
 SAC, SAC_RECALL, SAC_RANDOM = (f"recall_sac.py --recall {recall}" for recall in ("none", "learned", "random"))
 SAC_BOTH = {"soft actor-critic": SAC, "recall traces": SAC_RECALL}
@@ -151,6 +151,8 @@ SAC_RATIOS = {"soft actor-critic": SAC} | {
 TRPO, TRPO_RECALL, TRPO_RANDOM = (f"recall_trpo.py --recall {recall}" for recall in ("none", "learned", "random"))
 TRPO_BOTH = {"TRPO": TRPO, "recall traces": TRPO_RECALL}
 TRPO_MODELS = TRPO_BOTH | {"untrained model": TRPO_RANDOM, "forward model": "recall_trpo.py --recall forward"}
+SPARSE = "--recall-until 1 --total-timesteps 1000000 --eval-episodes 20"
+SPARSE_RUNS = {label: f"{run} {SPARSE}" for label, run in (TRPO_BOTH | {"untrained model": TRPO_RANDOM}).items()}
 TABLE_1 = {"HalfCheetah-v5": 20, "Hopper-v5": 10, "Walker2d-v5": 20, "Ant-v5": 50}  # lengths of traces, the default
 GAN, GAN_RECALL, GAN_RANDOM = (f"recall_goalgan_ant.py --recall {recall}" for recall in ("none", "learned", "random"))
 GAN_BOTH = {"Goal GAN": GAN, "recall traces": GAN_RECALL}
@@ -168,8 +170,9 @@ def coverage(name: str, runs: dict[str, str], *steps: int | None) -> tuple[Panel
 
 
 def trace_lengths(name: str) -> tuple[Panel, ...]:
-    others = {f"{n} steps": f"{TRPO_RECALL} --trace-length {n}" for n in (5, 10, 20, 50) if n != TABLE_1[name]}
-    return panels(TASK, (name,), {"TRPO": TRPO, "as in Table 1": TRPO_RECALL} | others)
+    lengths = {"as in Table 1": TABLE_1[name]} | {f"{n} steps": n for n in (5, 10, 20, 50) if n != TABLE_1[name]}
+    run = f"{TRPO_RECALL} --total-timesteps 1000000"
+    return panels(TASK, (name,), {label: f"{run} --trace-length {n}" for label, n in lengths.items()})
 
 
 def growth(size: int, budget: int) -> Panel:
@@ -203,6 +206,7 @@ FIGURES = {
     "fig18": PaperFigure("App. H", "Real : recall updates (length)", panels(ROOM, (12, 14, 15), LENGTHS, *EARLY)),
     "fig19": PaperFigure("App. H", "MuJoCo: recall : SAC updates (length)", panels(TASK, TASKS[:2], SAC_RATIOS)),
     "point-mass": PaperFigure("ours", "Points in boxes", panels(BOX, range(2, 7), GAN_BOTH, "curves", "eval/coverage")),
+    "sparse": PaperFigure("ours", "U-maze, TRPO, goals anywhere", panels(TASK, (FLAT,), SPARSE_RUNS)),
     "maze-size": PaperFigure("ours", "Four rooms: larger mazes", tuple(growth(*maze) for maze in MAZES.items())),
     "step-size": PaperFigure("ours", "Four rooms: RMSprop 2e-3 instead of 7e-4", panels(ROOM, (15, 19), STEP_SIZES)),
     "replay-updates": PaperFigure("ours", "PER: batches a phase", panels(ROOM, (11, 15), REPLAY_UPDATES, *EARLY)),
@@ -279,6 +283,8 @@ CLAIMS = (
     *claim("fig16", "recall traces", "forward model", AREA),
     *claim("fig16", "TRPO", "forward model", AREA),
     *claim("fig16", "untrained model", "TRPO", AREA),
+    *claim("sparse", "recall traces", "TRPO", AREA),
+    *claim("sparse", "recall traces", "untrained model", AREA),
     *claim("fig19", "10 : 5 (20)", "5 : 5 (20)", AREA),
     *claim("fig19", "20 : 5 (10)", "20 : 5 (20)", AREA),
 )
@@ -513,11 +519,7 @@ def typical_seed(setting: pd.DataFrame, among: list[int]) -> int:
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Recall traces have one of their own.
 BLUE, COLOURS = "#0072b2", ("#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#888888")
 DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.5)))  # to see the lines below
-LABELS = {
-    "eval/return": "return of the greedy policy",
-    "eval/visited_cells": "cells visited",
-    "eval/coverage": "coverage",
-}
+LABELS = {"eval/return": "return of the greedy policy", "eval/visited_cells": "cells visited"}
 
 
 def draw_curves(axes, panel: Panel, found: dict, colours: dict[str, str]) -> None:
@@ -528,7 +530,7 @@ def draw_curves(axes, panel: Panel, found: dict, colours: dict[str, str]) -> Non
         axes.plot(thousands, values.T, color=colour, lw=0.5, alpha=0.15)
         axes.fill_between(thousands, *interval(values.T), color=colour, alpha=0.2, lw=0)
         axes.plot(thousands, interquartile_mean(values), color=colour, lw=2.2, ls=dashes, label=label)
-    axes.set(xlabel="environment steps (thousands)", ylabel=LABELS[panel.tag], title=panel.title)
+    axes.set(xlabel="environment steps (thousands)", ylabel=LABELS.get(panel.tag, "coverage"), title=panel.title)
     axes.set_xlim(right=min((panel.until or np.inf) / 1000, axes.get_xlim()[1]))
     axes.locator_params(axis="x", nbins=6)
 
