@@ -18,6 +18,6 @@ event_file_writer.time = types.SimpleNamespace(time=lambda: time.time_ns() // 10
 def pytest_collection_modifyitems(items):
     for item in items:
         script = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        if not item.get_closest_marker("xdist_group"):
+        if not (item.get_closest_marker("xdist_group") or item.get_closest_marker("slow")):
             of_script = item.path.stem == "test_runs" and script
             item.add_marker(pytest.mark.xdist_group(script if of_script else item.path.stem))
