@@ -2,8 +2,8 @@
 
     python -m pytest -m slow tests/test_mutations.py
 
-A fault is put into every script that has the line, as tests hold functions of one name equal. The first twelve are those
-of the bug hunts in the course.
+A fault is put into every script that has the line, as tests hold functions of one name equal. The first twelve are
+those of the bug hunts in the course.
 """
 
 import re
