@@ -80,7 +80,7 @@ SCALES = {
     },
     "recall_trpo.py": {
         "smoke": "--total-timesteps 512 --num-steps 64 --recall-until 1 --eval-every 512 --eval-episodes 1",
-        "laptop": "--total-timesteps 2000000 --eval-every 50000 --eval-episodes 5",
+        "laptop": "--total-timesteps 500000 --eval-every 25000 --eval-episodes 5",
         "paper": "--total-timesteps 2000000 --num-envs 16 --num-steps 3125 --max-kl 0.05 --gamma 0.995 "
         "--recall-every 5 --recall-until 1 --eval-every 50000",
     },
@@ -151,7 +151,7 @@ SAC_RATIOS = {"soft actor-critic": SAC} | {
 TRPO, TRPO_RECALL, TRPO_RANDOM = (f"recall_trpo.py --recall {recall}" for recall in ("none", "learned", "random"))
 TRPO_BOTH = {"TRPO": TRPO, "recall traces": TRPO_RECALL}
 TRPO_MODELS = TRPO_BOTH | {"untrained model": TRPO_RANDOM, "forward model": "recall_trpo.py --recall forward"}
-SPARSE = "--recall-until 1 --total-timesteps 1000000 --eval-episodes 20"
+SPARSE = "--recall-until 1 --total-timesteps 1000000 --eval-every 50000 --eval-episodes 20"
 SPARSE_RUNS = {label: f"{run} {SPARSE}" for label, run in (TRPO_BOTH | {"untrained model": TRPO_RANDOM}).items()}
 TABLE_1 = {"HalfCheetah-v5": 20, "Hopper-v5": 10, "Walker2d-v5": 20, "Ant-v5": 50}  # lengths of traces, the default
 GAN, GAN_RECALL, GAN_RANDOM = (f"recall_goalgan_ant.py --recall {recall}" for recall in ("none", "learned", "random"))
@@ -170,9 +170,8 @@ def coverage(name: str, runs: dict[str, str], *steps: int | None) -> tuple[Panel
 
 
 def trace_lengths(name: str) -> tuple[Panel, ...]:
-    lengths = {"as in Table 1": TABLE_1[name]} | {f"{n} steps": n for n in (5, 10, 20, 50) if n != TABLE_1[name]}
-    run = f"{TRPO_RECALL} --total-timesteps 1000000"
-    return panels(TASK, (name,), {label: f"{run} --trace-length {n}" for label, n in lengths.items()})
+    others = {f"{n} steps": f"{TRPO_RECALL} --trace-length {n}" for n in (5, 10, 20, 50) if n != TABLE_1[name]}
+    return panels(TASK, (name,), {"TRPO": TRPO, "as in Table 1": TRPO_RECALL} | others)
 
 
 def growth(size: int, budget: int) -> Panel:
