@@ -25,7 +25,8 @@ FAULTS = {  # what is wrong: (line, line with the fault)
     ),
     "the reset state as next state": (
         RESET_STATE,
-        RESET_STATE.replace("next_states,", "(next_states := [*next_states]),"),
+        """(next_states := np.array(next_states)), terminated, truncated))
+        states = next_states""",
     ),
     "truncated as terminal": ("np.where(rollout.terminated, 0,", "np.where(rollout.terminated | rollout.truncated, 0,"),
     "terminal as truncated": ("np.where(tuples.terminated, 0, next_v)", "next_v"),
