@@ -442,6 +442,7 @@ def test_high_value_states_are_the_best_tuples_of_the_best_trajectories():
 
 
 # ------------------------------------------------------------------------------------------------------ recall traces
+# The model itself, its update and recall_traces are those of recall_sac.py to the letter: tests/test_recall_sac.py.
 
 
 def exchanged(tuples):
@@ -461,22 +462,6 @@ def normal(x):
     return (x - x.mean(0)) / x.std(0)
 
 
-def test_backtracking_model_against_torch_distributions():
-    """Eq. (1) of normalised quantities: variance 1 for actions, a learned one for changes of state."""
-    tuples = random_tuples(200)
-    model = fitted(tuples)
-    of_actions, of_changes = model.log_prob(tuples.states, tuples.actions, tuples.next_states)
-    changes, next_states, actions = map(
-        normal, (tuples.states - tuples.next_states, tuples.next_states, tuples.actions)
-    )
-    expected = Independent(Normal(model.action_predictor(next_states), 1.0), 1).log_prob(actions)
-    torch.testing.assert_close(of_actions, expected, rtol=1e-4, atol=1e-4)
-    mean, log_std = model.predict_change(tuples.actions, tuples.next_states)
-    torch.testing.assert_close(mean, model.state_predictor(torch.cat((next_states, actions), -1))[:, :STATE_DIM])
-    expected = Independent(Normal(mean, log_std.exp()), 1).log_prob(changes)
-    torch.testing.assert_close(of_changes, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_a_forward_model_is_a_backtracking_model_of_exchanged_tuples():
     """Its second factor is the likelihood of change of state and reward, given state and action (App. G)."""
     tuples = random_tuples(200)
@@ -487,14 +472,6 @@ def test_a_forward_model_is_a_backtracking_model_of_exchanged_tuples():
     expected = Independent(Normal(mean, log_std.exp()), 1).log_prob(outcomes)
     _, of_outcomes = model.log_prob(data.states, data.actions, data.next_states)
     torch.testing.assert_close(of_outcomes, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_architecture_is_that_of_appendix_c():
-    model = BacktrackingModel(17, 6)
-    for predictor, activation in ((model.action_predictor, nn.Tanh), (model.state_predictor, nn.ReLU)):
-        layers = [layer for layer in predictor if isinstance(layer, nn.Linear)]
-        assert [layer.out_features for layer in layers[:-1]] == [128, 128]
-        assert all(isinstance(layer, activation) for layer in predictor if not isinstance(layer, nn.Linear))
 
 
 def test_what_never_changes_stays_as_it_is_when_imagined():
@@ -508,27 +485,9 @@ def test_what_never_changes_stays_as_it_is_when_imagined():
     assert states.std((0, 1))[1:].min() > 0.1 < rollout.next_states.std((0, 1))[1:].min()
 
 
-def test_one_update_is_a_step_along_the_gradient_of_the_log_likelihood():
-    """Eq. (2)"""
-    tuples, args = random_tuples(), arguments(backtracking_batch_size=9)
-    model = fitted(tuples)
-    expected = copy.deepcopy(model)
-    torch.manual_seed(5)
-    rows = torch.randint(64, (9,))
-    loss = -sum(expected.log_prob(tuples.states[rows], tuples.actions[rows], tuples.next_states[rows])).mean()
-    weights = [*expected.parameters()]
-    for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-        weight.data -= 0.1 * gradient
-    torch.manual_seed(5)
-    losses = script.update_backtracking_model(model, sgd(model.parameters()), tuples, args)
-    assert float(losses["recall/backtracking_loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
-    for weight, other in zip(model.parameters(), weights, strict=True):
-        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6)
-
-
 @pytest.fixture(scope="module")
 def linear():
-    """A stable linear system s' = M s + B a with reward s_1, its random transitions, and both models of them."""
+    """A stable linear system s' = M s + B a with reward s_1, its random transitions, and a forward model of them."""
     rotation = torch.tensor([[0.9, -0.3, 0.0], [0.3, 0.9, 0.0], [0.0, 0.2, 0.9]])
     pushes = torch.tensor([[0.3, 0.0], [0.0, 0.3], [0.2, -0.2]])
     states, actions = [torch.zeros(64, 3)], [randn(64, 2, seed=t).clamp(-0.95, 0.95) for t in range(60)]
@@ -537,46 +496,26 @@ def linear():
     states, actions = torch.stack(states[20:]), torch.stack(actions[20:])
     now, later = states[:-1].flatten(0, 1), states[1:].flatten(0, 1)
     tuples = Tuples(now, actions.flatten(0, 1), now[:, 0], later, now[:, 0])
-    models = []
-    for data in (tuples, exchanged(tuples)):
-        model = fitted(data)
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 1500)  # to an end without a jolt
-        for _ in range(1500):
-            script.update_backtracking_model(model, optimizer, data, arguments(backtracking_batch_size=256))
-            schedule.step()
-        models.append(model)
-    return rotation, pushes, tuples, *models
-
-
-def test_traces_reach_back_along_a_system_with_known_linear_dynamics(linear):
-    """Each imagined predecessor is M^-1 (s' - B a), and the actions of a trace lead forward to its high-value state."""
-    rotation, pushes, tuples, model, _ = linear
-    starts = tuples.next_states[:200]
-    states, actions, in_trace = script.recall_traces(model, starts, arguments(trace_length=4, state_noise=0.0))
-    assert states.shape == (4, 200, 3) and actions.shape == (4, 200, 2)
-    assert in_trace[0].float().mean() > 0.9
-    next_states = torch.cat((starts[None], states[:-1]))
-    exact = (next_states - actions @ pushes.T) @ torch.linalg.inv(rotation).T
-    errors = ((states - exact) / tuples.states.std(0))[in_trace].abs()
-    assert errors.mean() < 0.02
-    whole, forward = in_trace.all(0), states[-1]
-    for action in actions.flip(0):
-        forward = forward @ rotation.T + action @ pushes.T
-    assert whole.sum() > 100
-    assert ((forward - starts) / tuples.states.std(0))[whole].abs().mean() < 0.05
+    data = exchanged(tuples)
+    model = fitted(data)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 1500)  # to an end without a jolt
+    for _ in range(1500):
+        script.update_backtracking_model(model, optimizer, data, arguments(backtracking_batch_size=256))
+        schedule.step()
+    return rotation, pushes, tuples, model
 
 
 def test_imagined_experience_follows_a_system_with_known_linear_dynamics(linear):
     """Its actions are the policy's draws, its rewards those of the states; what leaves the data is cut, begins anew."""
-    rotation, pushes, tuples, _, model = linear
+    rotation, pushes, tuples, model = linear
     (actor, _), starts = networks(), exchanged(tuples).next_states[:200]
     rollout = script.forward_rollout(model, actor, starts, arguments(trace_length=8, state_noise=0.0, trace_limit=2.0))
     states, actions, rewards, next_states = (torch.from_numpy(column) for column in rollout[:4])
     assert torch.equal(states[0], starts[:, :-1]) and not rollout.terminated.any()
     gaussian = policy(actor, states).base_dist
     noise = (actions - gaussian.mean) / gaussian.stddev
-    assert float(noise.mean()) == pytest.approx(0, abs=0.1) and float(noise.std()) == pytest.approx(1, rel=0.1)
+    assert noise.mean().item() == pytest.approx(0, abs=0.1) and noise.std().item() == pytest.approx(1, rel=0.1)
     spread, mean = tuples.states.std(0), tuples.states.mean(0)
     exact = states @ rotation.T + actions.clamp(-1, 1) @ pushes.T
     assert ((next_states - exact) / spread).abs().mean() < 0.05
@@ -585,20 +524,6 @@ def test_imagined_experience_follows_a_system_with_known_linear_dynamics(linear)
     assert torch.equal(left, ((next_states - mean).abs() > 2 * spread).any(-1)) and 0.05 < left.float().mean() < 0.95
     expected = torch.where(left[:-1, :, None], starts[:, :-1], next_states[:-1])
     assert torch.equal(states[1:], expected)
-
-
-def test_a_trace_ends_where_it_leaves_the_data(linear):
-    _, _, tuples, model, _ = linear
-    wild, args = copy.deepcopy(model), arguments(trace_limit=2.0, trace_length=50)
-    with torch.no_grad():
-        for weight in wild.state_predictor.parameters():
-            weight *= 1.5
-    states, _, in_trace = script.recall_traces(wild, tuples.next_states[:200], args)
-    inside = ((states - tuples.next_states.mean(0)).abs() <= 2 * tuples.next_states.std(0)).all(-1)
-    for i in range(200):
-        left = int(inside[:, i].long().argmin()) if not inside[:, i].all() else 50
-        assert in_trace[:left, i].all() and not in_trace[left:, i].any()
-    assert 0 < in_trace.float().mean() < 0.9
 
 
 def test_imitation_raises_the_log_probability_of_the_steps_of_traces_that_have_not_ended():
