@@ -180,8 +180,8 @@ def test_a_claim_holds_if_the_whole_interval_is_above_one():
     assert "850 / 250" in judge(slow, fast)[0]
     assert "ratio 3.40" in judge(slow, fast)[0]
     assert judge(fast, slow)[1:] == ("10", "**the reverse holds**")
-    assert judge(slow, slow)[2] == "**not shown**"
-    assert judge(solved_at(*[1, 2, 5, 9, 9] * 2), solved_at(*[1, 2, 4, 9, 9] * 2))[2] == "**not shown**"
+    assert judge(slow, slow)[2] == "**no difference shown**"
+    assert judge(solved_at(*[1, 2, 5, 9, 9] * 2), solved_at(*[1, 2, 4, 9, 9] * 2))[2] == "**no difference shown**"
 
 
 def test_failures_are_counted_and_tested():
@@ -191,8 +191,8 @@ def test_failures_are_counted_and_tested():
     ours, seeds, verdict = judge(failing(6), failing(0), number="failures")
     assert "6 against 0" in ours and "p = 0.01" in ours  # 1 - 10! 14! / (4! 20!) = 0.0054
     assert (seeds, verdict) == ("10", "**holds**")
-    assert judge(failing(3), failing(0), number="failures")[2] == "**not shown**"  # p = 0.11
-    assert judge(failing(2), failing(2), number="failures")[2] == "**not shown**"
+    assert judge(failing(3), failing(0), number="failures")[2] == "**no difference shown**"  # p = 0.11
+    assert judge(failing(2), failing(2), number="failures")[2] == "**no difference shown**"
 
 
 def test_shares_of_success_are_compared_by_their_difference():
@@ -200,7 +200,7 @@ def test_shares_of_success_are_compared_by_their_difference():
         return solved_at(*[2] * number, *[11] * (10 - number))
 
     verdicts = [judge(succeeding(a), succeeding(b), **AT_LAST)[2] for a, b in ((10, 0), (7, 0), (0, 0))]
-    assert verdicts == ["**holds**", "**holds**", "**not shown**"]
+    assert verdicts == ["**holds**", "**holds**", "**no difference shown**"]
     assert "difference 1.00 [1.00, 1.00]" in judge(succeeding(10), succeeding(0), **AT_LAST)[0]
 
 
