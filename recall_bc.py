@@ -66,6 +66,7 @@ class Args:
     contact_forces: bool = True  # whether Ant and Humanoid observe the contact forces, 78 of Ant's 105 numbers
     dataset: str = "halfcheetah/expert-v0"  # id of a Minari dataset on this machine, whose first episodes are used
     episodes: int = 7  # trajectories of the expert (the slides: 7)
+    expert_steps: int | None = None  # steps of each trajectory that are used, the first ones, all if not given
     # behaviour cloning
     hidden: int = 64  # units in each of the two hidden layers of the clone
     learning_rate: float = 3e-4  # step size of Adam for the clone
@@ -73,9 +74,7 @@ class Args:
     # augmentation. none: clone the expert; noise, mixup: distorted actions, played in the real environment;
     # bdm: recall traces of a backtracking model; bdm-cl: the same as a curriculum, from the tail of trajectories on
     augment: Literal["none", "noise", "mixup", "bdm", "bdm-cl"] = "bdm"
-    with_expert: float = (
-        0.0  # share of each batch that are the expert's own pairs, beside augmented ones (the slides: 0)
-    )
+    with_expert: float = 0.0  # share of each batch that is the expert's own, beside augmented pairs (the slides: 0)
     num_traces: int = 497  # trajectories of noise, 71 for each of 7 of the expert, or recall traces
     uniform_noise: float = 0.9  # noise: largest number that is added to an action
     mixup_alpha: float = 0.1  # mixup: both parameters of the Beta distribution of the share of the second trajectory
@@ -83,7 +82,7 @@ class Args:
     start_states: Literal["tail", "all"] = "tail"  # bdm: traces start in the last third of trajectories, or anywhere
     trace_length: int = 20  # longest trace in steps, as in Table 2 for HalfCheetah
     curriculum_every: int = 5_000  # bdm-cl: updates with traces from the tail alone, then with those from the middle
-    backtracking_updates: int = 5_000  # updates of the backtracking model, before those of the clone
+    backtracking_updates: int = 5_000  # updates of the model, before those of the clone; 0: an untrained one (App. F)
     backtracking_batch_size: int = 256  # (state, action, next state) tuples per backtracking model update
     backtracking_lr: float = 1e-3  # step size of Adam for the backtracking model (beta in Alg. 1)
     action_noise: float = 1.0  # standard deviation of imagined actions as a share of the model's (App. C: 1)
@@ -180,18 +179,15 @@ def load_expert(env: gym.Env, args: Args) -> list[Trajectory]:
         seeds = [facts.get("seed") for facts in dataset.storage.get_episode_metadata(range(args.episodes))]
     except Exception as error:  # it is missing or damaged, or has fewer episodes
         raise UsageError(f"--dataset {args.dataset} --episodes {args.episodes}: {error}".splitlines()[0]) from None
-    if (
-        not dataset.observation_space.shape == env.observation_space.shape
-        or dataset.action_space.shape != env.action_space.shape
-    ):
+    space, trajectories = dataset.action_space, []
+    if (dataset.observation_space.shape, space.shape) != (env.observation_space.shape, env.action_space.shape):
         raise UsageError(f"--dataset {args.dataset} has other states or actions than --env-id {args.env_id}")
-    trajectories, (low, high) = (
-        [],
-        (bound.astype(float) for bound in (dataset.action_space.low, dataset.action_space.high)),
-    )
+    low, width = space.low.astype(float), space.high.astype(float) - space.low
     for episode, seed in zip(episodes, seeds, strict=True):
-        columns = episode.observations, 2 * (episode.actions - low) / (high - low) - 1, episode.rewards
-        trajectories.append(Trajectory(*(column.astype(np.float32) for column in columns), seed))
+        columns = episode.observations, 2 * (episode.actions - low) / width - 1, episode.rewards
+        states, actions, rewards = (column.astype(np.float32) for column in columns)
+        steps = args.expert_steps or len(rewards)
+        trajectories.append(Trajectory(states[: steps + 1], actions[:steps], rewards[:steps], seed))
     return trajectories
 
 
@@ -205,7 +201,7 @@ def distorted_actions(experts: list[Trajectory], args: Args) -> list[tuple[Traje
     """Trajectories whose first states are to be taken, and actions (L, A) to be played from there on.
 
     noise: --num-traces times an expert's actions with uniform noise, each expert as often. mixup: for each ordered pair
-    of experts, actions l' a_1 + (1 - l') a_2 from the start of the first, with l' = max(l, 1 - l), l ~ Beta(alpha, alpha).
+    of experts actions l' a_1 + (1 - l') a_2, from the start of the first, l' = max(l, 1 - l), l ~ Beta(alpha, alpha).
     """
     if args.augment == "noise":
         chosen = [experts[i % len(experts)] for i in range(args.num_traces)]
@@ -369,7 +365,7 @@ def try_out(args: Args) -> tuple[int, int]:
 
 # ------------------------------------------------------------------------------------------------------ run
 RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_bc__{augment}__seed{seed}", 20_000
-AT_LEAST = {"seed": 0, "mixup_alpha": 1e-9}  # others: 1 for whole numbers, 0 for the rest
+AT_LEAST = {"seed": 0, "mixup_alpha": 1e-9, "backtracking_updates": 0}  # others: 1 for whole numbers, 0 for the rest
 AT_MOST = {"seed": 2**63 - 1, "with_expert": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes")  # given anew
 
@@ -471,7 +467,7 @@ def main(args: Args) -> Path:
             metrics |= update_backtracking_model(model, model_optimizer, tuples, args)
         places, parts_of_pairs, lasting = places_of_starts(experts, args), [], []
         for starts in places:  # Alg. 1, line 10
-            rows = torch.randperm(math.ceil(args.num_traces / len(places))) % len(starts)
+            rows = torch.randint(len(starts), (math.ceil(args.num_traces / len(places)),))
             states, actions, inside = recall_traces(model, starts[rows], args)  # Alg. 1, line 11
             parts_of_pairs.append((states[inside], actions[inside]))
             lasting.append(inside.sum() / inside.shape[1])
