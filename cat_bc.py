@@ -616,7 +616,10 @@ def main(args: Args) -> Path:
         print(*(f"episode {i}: return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
         print(f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}")
         return Path(args.evaluate)
-    experts = load_expert(make_env(args), args)
+    env = make_env(args)
+    experts = load_expert(env, args)
+    if not all(e.seed is not None and np.allclose(env.reset(seed=e.seed)[0], e.states[0], atol=1e-4) for e in experts):
+        raise UsageError("--dataset must have the seeds of its resets in --env-id")
     expert = tuples_of(experts, args.device)[:2]
     discriminator.normaliser.add(torch.cat(expert, dim=-1))
     with open_run(args) as run_dir:

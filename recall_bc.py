@@ -365,7 +365,12 @@ def try_out(args: Args) -> tuple[int, int]:
 
 # ------------------------------------------------------------------------------------------------------ run
 RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_bc__{augment}__seed{seed}", 20_000
-AT_LEAST = {"seed": 0, "mixup_alpha": 1e-9, "backtracking_updates": 0, "expert_steps": 3}  # others: 1, or 0 for float
+AT_LEAST = {
+    "seed": 0,
+    "mixup_alpha": 1e-9,
+    "backtracking_updates": 0,
+    "expert_steps": 3,
+}  # others: 1 or, no whole number, 0
 AT_MOST = {"seed": 2**63 - 1, "with_expert": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes")  # given anew
 

@@ -177,3 +177,13 @@ def test_a_clone_of_corrected_trajectories_changes_no_random_number_of_the_run()
     again = script.clone_corrected(actor, generator, experts, args)
     assert all(torch.equal(actor.state_dict()[name], weight) for name, weight in weights.items())
     assert first == again and first["augment/pairs"] == 50 * round(3 * first["augment/success_rate"])
+
+
+@pytest.mark.parametrize("seed", [None, 99])
+def test_a_dataset_that_cannot_be_played_again_is_refused(seed, tmp_path, monkeypatch):
+    """Without the seeds of its resets, or with others."""
+    real = script.load_expert
+    monkeypatch.setattr(script, "load_expert", lambda *args: [e._replace(seed=seed) for e in real(*args)])
+    with pytest.raises(script.UsageError, match="^--dataset must have the seeds of its resets in --env-id$"):
+        script.main(Args(**SMALL, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
