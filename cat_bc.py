@@ -14,7 +14,7 @@ trust region policy optimization, in the real environment. Its trajectories that
     python cat_bc.py --penalty 0                              # the second form, free to leave the noisy action
     python cat_bc.py --evaluate RUN_DIR                       # play the trained clone
 
-1 000 000 steps take about ten minutes on one core (the original has 49 million). docs/cat_bc.md says what came out.
+1 000 000 steps take about five minutes on one core (the original has 49 million). docs/cat_bc.md says what came out.
 Shapes: states (B, S), actions (B, A) from -1 to 1, trajectories of L steps, T steps in each of E environments.
 """
 
