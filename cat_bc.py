@@ -83,8 +83,8 @@ class Args:
     # corrected augmentation for trajectories
     uniform_noise: float = 0.9  # largest number that is added to an action of the expert
     penalty: float = 0.1  # weight (lambda) of the squared distance between generated and noisy action in the reward
-    discriminator_lr: float = 3e-4  # step size of Adam for the discriminator
-    discriminator_every: int = 3  # iterations of the generator per step of the discriminator
+    discriminator_lr: float = 1e-3  # step size of Adam for the discriminator (the original: 3e-4)
+    discriminator_every: int = 1  # iterations of the generator per step of the discriminator (the original: 3)
     discriminator_entropy: float = 1e-3  # weight of the discriminator's entropy in its loss
     num_traces: int = 497  # corrected trajectories, 71 for each of 7 of the expert
     least_success: float = 0.5  # least share of the expert's mean return with which a corrected trajectory succeeds
@@ -181,7 +181,8 @@ def load_expert(env: gym.Env, args: Args) -> list[Trajectory]:
         episodes = [dataset[i] for i in range(args.episodes)]
         seeds = [facts.get("seed") for facts in dataset.storage.get_episode_metadata(range(args.episodes))]
     except Exception as error:  # it is missing or damaged, or has fewer episodes
-        raise UsageError(f"--dataset {args.dataset} --episodes {args.episodes}: {error}".splitlines()[0]) from None
+        needed = f"a Minari dataset on this machine (minari download gets one) with --episodes {args.episodes}"
+        raise UsageError(f"--dataset {args.dataset} is not {needed}: {error}".splitlines()[0]) from None
     space, trajectories = dataset.action_space, []
     if (dataset.observation_space.shape, space.shape) != (env.observation_space.shape, env.action_space.shape):
         raise UsageError(f"--dataset {args.dataset} has other states or actions than --env-id {args.env_id}")

@@ -178,7 +178,8 @@ def load_expert(env: gym.Env, args: Args) -> list[Trajectory]:
         episodes = [dataset[i] for i in range(args.episodes)]
         seeds = [facts.get("seed") for facts in dataset.storage.get_episode_metadata(range(args.episodes))]
     except Exception as error:  # it is missing or damaged, or has fewer episodes
-        raise UsageError(f"--dataset {args.dataset} --episodes {args.episodes}: {error}".splitlines()[0]) from None
+        needed = f"a Minari dataset on this machine (minari download gets one) with --episodes {args.episodes}"
+        raise UsageError(f"--dataset {args.dataset} is not {needed}: {error}".splitlines()[0]) from None
     space, trajectories = dataset.action_space, []
     if (dataset.observation_space.shape, space.shape) != (env.observation_space.shape, env.action_space.shape):
         raise UsageError(f"--dataset {args.dataset} has other states or actions than --env-id {args.env_id}")
@@ -365,12 +366,8 @@ def try_out(args: Args) -> tuple[int, int]:
 
 # ------------------------------------------------------------------------------------------------------ run
 RUN_NAME, TOTAL_TIMESTEPS = "{env_id}__recall_bc__{augment}__seed{seed}", 20_000
-AT_LEAST = {
-    "seed": 0,
-    "mixup_alpha": 1e-9,
-    "backtracking_updates": 0,
-    "expert_steps": 3,
-}  # others: 1 or, no whole number, 0
+# others: 1 for whole numbers, 0 for the rest
+AT_LEAST = {"seed": 0, "mixup_alpha": 1e-9, "backtracking_updates": 0, "expert_steps": 3}
 AT_MOST = {"seed": 2**63 - 1, "with_expert": 1}
 MAY_CHANGE = ("resume", "evaluate", "total_timesteps", "capture_video", "device", "eval_episodes")  # given anew
 

@@ -968,8 +968,9 @@ def test_settings_of_every_flag_of_goal_gan_run(tmp_path):
 def test_settings_of_every_flag_of_clones_run(tmp_path):
     others = {"seed": 5, "max_episode_steps": 30, "hidden": 8, "episodes": 2, "expert_steps": 9, "learning_rate": 1e-3}
     others |= {"batch_size": 9, "num_traces": 5, "uniform_noise": 0.1, "torch_threads": 2, "device": "cpu"}
+    others |= {"total_timesteps": 120, "eval_every": 60, "checkpoint_every": 60}
     of_traces = {"with_expert": 0.3, "mixup_alpha": 1.0, "start_states": "all", "trace_length": 3, "trace_limit": 9.0}
-    of_traces |= {"curriculum_every": 99, "backtracking_updates": 2, "backtracking_batch_size": 9}
+    of_traces |= {"curriculum_every": 30, "backtracking_updates": 2, "backtracking_batch_size": 9}
     of_traces |= {"backtracking_lr": 1e-2, "action_noise": 0.5, "state_noise": 2.0}
     for mode, most in (("none", 18), ("noise", 45), ("mixup", 18), ("bdm", 15), ("bdm-cl", 18)):
         pairs = logged(train("recall_bc", tmp_path / mode, augment=mode, **others, **of_traces))["augment/pairs"]
