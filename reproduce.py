@@ -585,7 +585,9 @@ def draw_finals(axes, panel: Panel, found: dict, colours: dict[str, str]) -> Non
         (low, high), mean, style = interval(values), interquartile_mean(values), {"color": colours[label]}
         axes.scatter(i + np.linspace(-0.15, 0.15, len(values)), values, alpha=0.4, s=20, **style)
         axes.errorbar(i, mean, [[mean - low], [high - mean]], fmt="_", ms=22, mew=3, capsize=6, **style)
-    axes.set_xticks(range(len(found)), [label.replace(" ", "\n", 1) for label, _ in found])
+    axes.set_xticks(
+        range(len(found)), [label.replace(" ", "\n", 1) for label, _ in found], rotation=90 * (len(found) > 5)
+    )
     axes.set(ylabel=LABELS[panel.tag], xlim=(-0.5, len(found) - 0.5), title=panel.title)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
 
@@ -676,12 +678,12 @@ def judge(claim: Claim, curves: dict[str, pd.DataFrame]) -> list[str]:
 def slides_table(curves: dict[str, pd.DataFrame]) -> list[str]:
     """Returns of the clones beside those of the slides."""
     lines = ["| data | clone of | slides | ours | seeds |", "|---|---|---|---|---|"]
-    for panel in FIGURES["slides"].panels:
+    for panel, slides in zip(CLONE_PANELS, (SLIDES, {}), strict=True):
         for label, setting in panel.runs.items():
             if setting in curves:
                 values = statistics(curves[setting])["last eval/return"].to_numpy()
                 ours = "{:,.0f} [{:,.0f}, {:,.0f}]".format(interquartile_mean(values), *interval(values))
-                lines.append(f"| {panel.title} | {label} | {SLIDES.get(label, '')} | {ours} | {len(values)} |")
+                lines.append(f"| {panel.title} | {label} | {slides.get(label, '')} | {ours} | {len(values)} |")
     return [*lines, ""]
 
 

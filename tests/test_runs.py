@@ -967,7 +967,7 @@ def test_settings_of_every_flag_of_goal_gan_run(tmp_path):
 
 def test_settings_of_every_flag_of_clones_run(tmp_path):
     others = {"seed": 5, "max_episode_steps": 30, "hidden": 8, "episodes": 2, "expert_steps": 9, "learning_rate": 1e-3}
-    others |= {"batch_size": 9, "num_traces": 5, "uniform_noise": 0.1, "torch_threads": 2, "device": "cpu"}
+    others |= {"batch_size": 9, "num_traces": 5, "uniform_noise": 0.1, "device": "cpu"}
     others |= {"total_timesteps": 120, "eval_every": 60, "checkpoint_every": 60}
     of_traces = {"with_expert": 0.3, "mixup_alpha": 1.0, "start_states": "all", "trace_length": 3, "trace_limit": 9.0}
     of_traces |= {"curriculum_every": 30, "backtracking_updates": 2, "backtracking_batch_size": 9}
@@ -978,8 +978,8 @@ def test_settings_of_every_flag_of_clones_run(tmp_path):
     of_generator = {"num_envs": 3, "num_steps": 20, "gamma": 0.9, "gae_lambda": 0.5, "max_kl": 0.1, "cg_damping": 0.0}
     of_generator |= {"line_search_steps": 3, "critic_lr": 1e-2, "critic_epochs": 2, "critic_batch_size": 16}
     of_generator |= {"discriminator_lr": 1e-2, "discriminator_every": 1, "discriminator_entropy": 0.1}
-    of_generator |= {"penalty": 0.5, "least_success": 0.9, "clone_updates": 3}
-    curves = logged(train("cat_bc", tmp_path / "cat", **others, **of_generator))
+    of_generator |= {"penalty": 0.5, "least_success": 0.9, "clone_updates": 3, "checkpoint_every": 120}
+    curves = logged(train("cat_bc", tmp_path / "cat", **others | of_generator))
     assert curves["charts/episodic_length"][-1][1] == 30 and curves["augment/pairs"][-1][1] % 30 == 0
 
 
