@@ -171,8 +171,7 @@ GAN_BOTH = {"Goal GAN": GAN, "recall traces": GAN_RECALL}
 GAN_MODELS = GAN_BOTH | {"untrained model": GAN_RANDOM}
 OURS = "recall_bc.py --augment bdm --start-states all --with-expert 0.5 --trace-length 5 --num-traces 7000"
 CLONES = {"expert": "recall_bc.py --augment none", "CAT": "cat_bc.py --penalty 0.1"}
-CLONES |= {augment: f"recall_bc.py --augment {augment}" for augment in ("noise", "mixup")}
-CLONES |= {"BDM": "recall_bc.py --augment bdm", "BDM_CL": "recall_bc.py --augment bdm-cl"}
+CLONES |= {x: f"recall_bc.py --augment {x.lower().replace('_', '-')}" for x in ("noise", "mixup", "BDM", "BDM_CL")}
 CLONES |= {"BDM, all states": "recall_bc.py --augment bdm --start-states all", "recall traces": OURS}
 SHORT = {label: f"{CLONES[label]} --expert-steps 50" for label in ("expert", "recall traces")}
 SHORT["untrained model"] = f"{SHORT['recall traces']} --backtracking-updates 0"
@@ -585,9 +584,8 @@ def draw_finals(axes, panel: Panel, found: dict, colours: dict[str, str]) -> Non
         (low, high), mean, style = interval(values), interquartile_mean(values), {"color": colours[label]}
         axes.scatter(i + np.linspace(-0.15, 0.15, len(values)), values, alpha=0.4, s=20, **style)
         axes.errorbar(i, mean, [[mean - low], [high - mean]], fmt="_", ms=22, mew=3, capsize=6, **style)
-    axes.set_xticks(
-        range(len(found)), [label.replace(" ", "\n", 1) for label, _ in found], rotation=90 * (len(found) > 5)
-    )
+    names = [label.replace(" ", "\n", 1) for label, _ in found]
+    axes.set_xticks(range(len(found)), names, rotation=90 * (len(found) > 5))
     axes.set(ylabel=LABELS[panel.tag], xlim=(-0.5, len(found) - 0.5), title=panel.title)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
 
