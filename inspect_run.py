@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["filelock==4.3.1", "gymnasium==1.4.0", "imageio==2.38.1", "matplotlib==3.11.2", "mujoco==4.0.0",
-#                 "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1",
-#                 "tyro==1.0.17"]
+# dependencies = ["filelock==4.3.1", "gymnasium==1.4.0", "imageio==2.38.1", "matplotlib==3.11.2",
+#                 "minari[hdf5]==0.5.4", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
+#                 "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 """How good are the recall traces of a trained agent? Draws them beside what really happened.
 
@@ -10,23 +10,30 @@ The agent plays fresh episodes, which its backtracking model has not seen. From 
 imagines traces backwards, and these are compared with the steps that really led there.
 
     python inspect_run.py RUN_DIR
+    python inspect_run.py RUN_DIR --record-dataset halfcheetah/expert-v0 --episodes 7
 
-RUN_DIR is the folder of a run of one of the scripts below. It gets the picture inspect_<step>.png.
+RUN_DIR is the folder of a run of one of the scripts below. It gets the picture inspect_<step>.png, or its agent plays
+episodes for a Minari dataset, which recall_bc.py and cat_bc.py learn from.
 Shapes: S numbers of a state, T steps back, N traces.
 """
 
 import importlib
 import json
 import sys
+import warnings
 from collections import namedtuple
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import gymnasium as gym
+import minari
 import mujoco
 import numpy as np
 import torch
+import torch.nn as nn
 import tyro
 from matplotlib.figure import Figure
+from minari.data_collector import EpisodeBuffer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = ("recall_sac", "recall_trpo", "recall_goalgan_ant")
@@ -35,48 +42,71 @@ SCRIPTS = ("recall_sac", "recall_trpo", "recall_goalgan_ant")
 @dataclass
 class Args:
     run_dir: tyro.conf.Positional[str]  # folder of a run with a backtracking model
+    record_dataset: str = ""  # id of a new Minari dataset that gets greedy episodes of the agent; then nothing is drawn
     episodes: int = 10  # fresh episodes of the trained agent
     num_traces: int = 256  # recall traces, each from a state of its own
     fraction: float = 0.1  # traces start from this share of the states, the most valuable
     seed: int = 0  # seed of episodes and traces
 
 
-Episode = namedtuple("Episode", "states rewards")  # arrays (L + 1, S) and (L,) of an episode of L steps
+# Arrays (L + 1, S) and (L, ...) of an episode of L steps; actions as they reach the environment.
+Episode = namedtuple("Episode", "states actions rewards terminated truncated")
 # Starts (N, S), states before them (T, N, S), where real ones are known (T, N), where traces have not ended (T, N).
 Comparison = namedtuple("Comparison", "starts real imagined known inside")
 
 
-def load_run(run_dir: Path):
+def load_run(run_dir: Path, with_model: bool = True):
     """The script of a run, its arguments and step, its environment, and the trained actor and backtracking model."""
     try:
         saved = json.loads((run_dir / "args.json").read_text())
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         scripts = [importlib.import_module(name) for name in SCRIPTS]
         (script,) = [script for script in scripts if {field.name for field in fields(script.Args)} == saved.keys()]
-        weights = checkpoint["model"]
+        weights = checkpoint["model"] if with_model else {}
     except Exception as error:  # a damaged checkpoint can raise anything
-        needed = f"the folder of a run of {' or '.join(SCRIPTS)} with a backtracking model"
+        needed = f"the folder of a run of {' or '.join(SCRIPTS)}{' with a backtracking model' * with_model}"
         raise ValueError(f"RUN_DIR must be {needed}, {run_dir} is not: {error}".splitlines()[0]) from None
     args = replace(script.Args(**saved), device="cpu")
-    env, (action_dim,) = script.make_env(args), weights["action_mean"].shape
-    actor = script.Actor(len(env.observation_space.low), action_dim, args.hidden)
+    env, step = script.make_env(args), checkpoint["progress"][0]
+    (state_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    actor = script.Actor(state_dim, action_dim, args.hidden)
     actor.load_state_dict(checkpoint["actor"])
-    model = script.BacktrackingModel(len(weights["state_mean"]), action_dim)
+    model = script.BacktrackingModel(len(weights["state_mean"]), action_dim) if with_model else nn.Identity()
     model.load_state_dict(weights)
-    return script, args, checkpoint["progress"][0], env, actor, model
+    return script, args, step, env, actor, model
 
 
-def play(script, env, actor, episodes: int, seed: int) -> list[Episode]:
-    """Episodes of the policy, with its noise, as in training."""
+def play(script, env, actor, episodes: int, seed: int, greedy: bool) -> list[Episode]:
+    """Episodes of the policy: greedy, or with its noise, as in training."""
     played = []
     for i in range(episodes):
-        states, rewards, info = [env.reset(seed=seed + i)[0]], [], {}
+        states, steps, info = [env.reset(seed=seed + i)[0]], [], {}
         while "episode" not in info:
-            state, reward, _, _, info = env.step(script.act(actor, states[-1][None])[0])
+            action = script.act(actor, states[-1][None], greedy)[0]
+            state, *outcome, info = env.step(action)
             states.append(state)
-            rewards.append(reward)
-        played.append(Episode(np.array(states), np.array(rewards)))
+            steps.append((in_its_own_space(env, action), *outcome))
+        played.append(Episode(np.array(states), *(np.array(column) for column in zip(*steps, strict=True))))
     return played
+
+
+def in_its_own_space(env, action: np.ndarray) -> np.ndarray:
+    """What reaches the environment itself of an action of the agent, which its wrappers rescale and clip."""
+    while env is not env.unwrapped:
+        if isinstance(env, gym.wrappers.TransformAction):
+            action = env.action(action)
+        env = env.env
+    return action
+
+
+def write_dataset(dataset_id: str, episodes: list[Episode], seed: int, spec, algorithm: str) -> None:
+    """Writes episodes as a Minari dataset, with the seeds of their resets, by which they can be played again."""
+    buffers = []
+    for i, (states, *columns) in enumerate(episodes):
+        actions, rewards, terminated, truncated = map(list, columns)
+        buffers.append(EpisodeBuffer(None, seed + i, None, list(states), actions, rewards, terminated, truncated, {}))
+    with warnings.catch_warnings(action="ignore"):  # of an author and other facts that are not given
+        minari.create_dataset_from_buffers(dataset_id, buffers, spec, algorithm_name=algorithm)
 
 
 def most_valuable(episodes: list[Episode], gamma: float, fraction: float) -> list[tuple[int, int]]:
@@ -151,17 +181,21 @@ def draw(compared: Comparison, model, args, run_dir: Path, places: slice | None)
 
 @torch.no_grad()
 def main(args: Args) -> Path:
-    """Writes the picture of a run and prints its numbers; returns the picture's path."""
+    """Writes the picture of a run and prints its numbers, or writes a dataset; returns the path of picture or run."""
     mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(text, file=sys.stderr))
     run_dir = Path(args.run_dir)
-    script, run_args, step, env, actor, model = load_run(run_dir)
+    script, run_args, step, env, actor, model = load_run(run_dir, with_model=not args.record_dataset)
     torch.manual_seed(args.seed)
-    episodes = play(script, env, actor, args.episodes, seed=10**6 + args.seed)  # other starts than in evaluations
+    seed = 10**6 + args.seed  # other starts than in evaluations
+    episodes = play(script, env, actor, args.episodes, seed, greedy=bool(args.record_dataset))
+    returns = np.array([episode.rewards.sum() for episode in episodes])
+    print(f"return {returns.mean():.1f}, standard deviation {returns.std():.1f}, over {len(episodes)} fresh episodes")
+    if args.record_dataset:
+        write_dataset(args.record_dataset, episodes, seed, env.unwrapped.spec, script.__name__)
+        return run_dir
     ends = most_valuable(episodes, run_args.gamma, args.fraction)
     ends = [ends[i] for i in torch.randperm(len(ends))[: args.num_traces]]
     compared = compare(script.recall_traces, model, episodes, ends, run_args)
-    returns = np.array([episode.rewards.sum() for episode in episodes])
-    print(f"return {returns.mean():.1f}, standard deviation {returns.std():.1f}, over {len(episodes)} fresh episodes")
     print(f"a trace lasts {compared.inside.sum() / len(ends):.1f} of {run_args.trace_length} steps")
     for t, (imagined, still) in enumerate(zip(*errors(compared, model.state_std).values(), strict=True), start=1):
         if t in (1, 2, 5, 10, 20, 50) and imagined.isfinite():

@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["filelock==4.3.1", "gymnasium==1.4.0", "imageio==2.38.1", "matplotlib==3.11.2", "mujoco==4.0.0",
-#                 "numpy==2.4.6", "pandas==3.1.1", "pillow==13.0.0", "scipy==1.17.1", "tensorboard==2.21.0",
-#                 "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
+# dependencies = ["filelock==4.3.1", "gymnasium==1.4.0", "imageio==2.38.1", "matplotlib==3.11.2",
+#                 "minari[hdf5]==0.5.4", "mujoco==4.0.0", "numpy==2.4.6", "pandas==3.1.1", "pillow==13.0.0",
+#                 "scipy==1.17.1", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 """Makes the figures of the paper again: runs the scripts over many seeds, reads their curves, draws, and judges.
 
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import matplotlib.figure
+import minari
 import numpy as np
 import pandas as pd
 import tyro
@@ -70,6 +71,8 @@ GOAL_GAN = dict.fromkeys(("laptop", "paper"), "--total-timesteps 4000000")
 GOAL_GAN["smoke"] = "--total-timesteps 1000 --num-envs 10 --num-steps 50 --max-episode-steps 50 --inner-iterations 1 "
 GOAL_GAN["smoke"] += "--num-goals 10 --label-rollouts 1 --gan-updates 10 --num-traces 4 --eval-episodes 1"
 ANT_MAZE = GOAL_GAN | {"laptop": "--total-timesteps 10000000 --num-envs 100", "paper": "--total-timesteps 77500000"}
+CLONE = "--dataset halfcheetah/slides-v0 --eval-episodes 100"
+SMOKE_CLONE = "--dataset halfcheetah/smoke-v0 --eval-episodes 1 --num-traces 7"
 SCALES = {
     "recall_a2c_fourroom.py": FOUR_ROOMS,
     "per_a2c_fourroom.py": FOUR_ROOMS,
@@ -85,9 +88,20 @@ SCALES = {
         "--recall-every 5 --recall-until 1 --eval-every 50000",
     },
     "recall_goalgan_ant.py": GOAL_GAN,
+    "recall_bc.py": {
+        "smoke": f"{SMOKE_CLONE} --total-timesteps 20 --eval-every 20 --backtracking-updates 9",
+        "laptop": f"{CLONE} --total-timesteps 20000 --eval-every 20000",
+        "paper": f"{CLONE} --total-timesteps 100000 --eval-every 100000",
+    },
+    "cat_bc.py": {
+        "smoke": f"{SMOKE_CLONE} --total-timesteps 64 --num-steps 8 --clone-updates 9",
+        "laptop": f"{CLONE} --total-timesteps 1000000",
+        "paper": f"{CLONE} --total-timesteps 49000000 --num-steps 2048 --clone-updates 100000",
+    },
 }
-SEEDS = {"recall_sac.py": 5, "recall_trpo.py": 5, "recall_goalgan_ant.py": 3}  # of each setting; in four rooms 10
+EXPERT = "recall_sac.py --recall none --total-timesteps 48000"  # with seed 1 it returns about 2 440, as in the slides
 PICTURES = dict.fromkeys(("recall_a2c_fourroom.py", "per_a2c_fourroom.py"), "pictures/visits")
+SEEDS = dict.fromkeys(PICTURES, 10) | {"recall_goalgan_ant.py": 3}  # of each setting; of other scripts 5
 PICTURES["recall_goalgan_ant.py"] = "pictures/coverage"  # what a script draws at the end of a run
 
 
@@ -157,6 +171,14 @@ TABLE_1 = {"HalfCheetah-v5": 20, "Hopper-v5": 10, "Walker2d-v5": 20, "Ant-v5": 5
 GAN, GAN_RECALL, GAN_RANDOM = (f"recall_goalgan_ant.py --recall {recall}" for recall in ("none", "learned", "random"))
 GAN_BOTH = {"Goal GAN": GAN, "recall traces": GAN_RECALL}
 GAN_MODELS = GAN_BOTH | {"untrained model": GAN_RANDOM}
+OURS = "recall_bc.py --augment bdm --start-states all --with-expert 0.5 --trace-length 5 --num-traces 7000"
+CLONES = {"expert": "recall_bc.py --augment none", "CAT": "cat_bc.py --penalty 0.1"}
+CLONES |= {x: f"recall_bc.py --augment {x.lower().replace('_', '-')}" for x in ("noise", "mixup", "BDM", "BDM_CL")}
+CLONES |= {"BDM, all states": "recall_bc.py --augment bdm --start-states all", "recall traces": OURS}
+SHORT = {label: f"{CLONES[label]} --expert-steps 50" for label in ("expert", "recall traces")}
+SHORT["untrained model"] = f"{SHORT['recall traces']} --backtracking-updates 0"
+CLONE_PANELS = Panel("7 trajectories", CLONES, "finals"), Panel("50 steps of each", SHORT, "finals")
+SLIDES = {"expert": 991, "CAT": 2906, "noise": 1342, "mixup": 1240, "BDM": 319, "BDM_CL": 1096}  # returns there
 
 
 def visits(*sizes: int) -> tuple[Panel, ...]:
@@ -204,6 +226,7 @@ FIGURES = {
     "fig17": PaperFigure("App. H", "Real updates : recall phases", panels(ROOM, (12, 14, 15), RATIOS, *EARLY)),
     "fig18": PaperFigure("App. H", "Real : recall updates (length)", panels(ROOM, (12, 14, 15), LENGTHS, *EARLY)),
     "fig19": PaperFigure("App. H", "MuJoCo: recall : SAC updates (length)", panels(TASK, TASKS[:2], SAC_RATIOS)),
+    "slides": PaperFigure("slides", "HalfCheetah: clones of an expert", CLONE_PANELS),
     "point-mass": PaperFigure("ours", "Points in boxes", panels(BOX, range(2, 7), GAN_BOTH, "curves", "eval/coverage")),
     "sparse": PaperFigure("ours", "U-maze, TRPO, goals anywhere", panels(TASK, (FLAT,), SPARSE_RUNS)),
     "maze-size": PaperFigure("ours", "Four rooms: larger mazes", tuple(growth(*maze) for maze in MAZES.items())),
@@ -235,6 +258,7 @@ AT_LAST = ("more success at the end", "difference", "success at the end")
 FAILURES = ("fewer failures at the end", "failures", "success at the end")
 AREA = ("more area under the learning curve", "ratio", "mean eval/return")
 MEAN = ("more area in the mean", "geometric mean of the ratios", "mean eval/return")
+LAST = ("higher return", "difference", "last eval/return")
 LEAD = ("fewer steps, the more so the larger the maze,", "ratio of both ratios", "steps to success")
 
 
@@ -286,6 +310,11 @@ CLAIMS = (
     *claim("sparse", "recall traces", "untrained model", AREA),
     *claim("fig19", "10 : 5 (20)", "5 : 5 (20)", AREA),
     *claim("fig19", "20 : 5 (10)", "20 : 5 (20)", AREA),
+    *claim("slides", "expert", "BDM", LAST, "7 trajectories"),
+    *claim("slides", "BDM_CL", "BDM", LAST, "7 trajectories"),
+    *(c for label in CLONES if label != "CAT" for c in claim("slides", "CAT", label, LAST, "7 trajectories")),
+    *claim("slides", "recall traces", "expert", LAST),
+    *claim("slides", "recall traces", "untrained model", LAST, "50 steps of each"),
 )
 
 
@@ -344,7 +373,7 @@ def figure_runs(name: str, args: Args) -> dict[tuple[str, int], Run]:
     """All runs of a figure, by setting and seed."""
     runs = {}
     for setting in (setting for panel in FIGURES[name].panels for setting in panel.runs.values()):
-        seeds = args.seeds or (1 if args.scale == "smoke" else SEEDS.get(setting.split()[0], 10))
+        seeds = args.seeds or (1 if args.scale == "smoke" else SEEDS.get(setting.split()[0], 5))
         runs |= {(setting, seed): make_run(setting, seed, args) for seed in range(1, seeds + 1)}
     return runs
 
@@ -401,6 +430,21 @@ def execute_all(runs: list[Run], args: Args) -> int:
             time.sleep(0.1)
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None
     return failures
+
+
+def make_dataset(runs: list[Run], args: Args) -> None:
+    """What clones learn from, unless it is there: seven episodes of EXPERT, which is trained if it has to be."""
+    dataset = SCALES["recall_bc.py"][args.scale].split()[1]
+    if args.plot_only or dataset in minari.list_local_datasets() or not any(dataset in run.command for run in runs):
+        return
+    expert = make_run(EXPERT, 1, args if args.scale == "smoke" else replace(args, scale="laptop"))
+    record = ["inspect_run.py", str(expert.folder), "--record-dataset", dataset, "--episodes", "7"]
+    if args.dry_run:
+        print("before all others: python", *expert.next_command(), "; python", *record, file=sys.stderr)
+    elif report := execute(expert, []):
+        raise RuntimeError(report)
+    elif subprocess.run([sys.executable, ROOT / record[0], *record[1:]], stdout=subprocess.DEVNULL).returncode:
+        raise RuntimeError(f"no dataset was recorded: {shlex.join(record)}")
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -516,7 +560,7 @@ def typical_seed(setting: pd.DataFrame, among: list[int]) -> int:
 
 # ------------------------------------------------------------------------------------------------------ pictures
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Recall traces have one of their own.
-BLUE, COLOURS = "#0072b2", ("#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#888888")
+BLUE, COLOURS = "#0072b2", ("#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#888888", "#f0e442")
 DASHES = ("-", (0, (6, 2)), (0, (3, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.5)))  # to see the lines below
 LABELS = {"eval/return": "return of the greedy policy", "eval/visited_cells": "cells visited"}
 
@@ -541,8 +585,10 @@ def draw_finals(axes, panel: Panel, found: dict, colours: dict[str, str]) -> Non
         (low, high), mean, style = interval(values), interquartile_mean(values), {"color": colours[label]}
         axes.scatter(i + np.linspace(-0.15, 0.15, len(values)), values, alpha=0.4, s=20, **style)
         axes.errorbar(i, mean, [[mean - low], [high - mean]], fmt="_", ms=22, mew=3, capsize=6, **style)
-    axes.set_xticks(range(len(found)), [label.replace(" ", "\n", 1) for label, _ in found])
-    axes.set(ylabel=LABELS[panel.tag], ylim=(0, None), xlim=(-0.5, len(found) - 0.5), title=panel.title)
+    names = [label.replace(" ", "\n", 1) for label, _ in found]
+    axes.set_xticks(range(len(found)), names, rotation=90 * (len(found) > 5))
+    axes.set(ylabel=LABELS[panel.tag], xlim=(-0.5, len(found) - 0.5), title=panel.title)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
 
 
 def draw_growth(axes, panel: Panel, found: dict, colours: dict[str, str]) -> None:
@@ -628,6 +674,18 @@ def judge(claim: Claim, curves: dict[str, pd.DataFrame]) -> list[str]:
     return ours, ", ".join(dict.fromkeys(str(len(table)) for table in found)), f"**{verdict}**"
 
 
+def slides_table(curves: dict[str, pd.DataFrame]) -> list[str]:
+    """Returns of the clones beside those of the slides."""
+    lines = ["| data | clone of | slides | ours | seeds |", "|---|---|---|---|---|"]
+    for panel, slides in zip(CLONE_PANELS, (SLIDES, {}), strict=True):
+        for label, setting in panel.runs.items():
+            if setting in curves:
+                values = statistics(curves[setting])["last eval/return"].to_numpy()
+                ours = "{:,.0f} [{:,.0f}, {:,.0f}]".format(interquartile_mean(values), *interval(values))
+                lines.append(f"| {panel.title} | {label} | {slides.get(label, '')} | {ours} | {len(values)} |")
+    return [*lines, ""]
+
+
 def write_verdicts(results_dir: Path) -> None:
     """results/README.md: what the paper claims and what came out here, and all figures."""
     tables = {name: read_tables(results_dir / name) for name in FIGURES if (results_dir / name / "data.csv").exists()}
@@ -648,6 +706,7 @@ def write_verdicts(results_dir: Path) -> None:
         made = "; ".join(f"{count} at {commit} on {machine}" for (commit, machine), count in made)
         title, command = FIGURES[name].title, f"python reproduce.py {name} --seeds {runs.index.levels[1].max()}"
         lines += [f"\n## {name}\n\n{title} ({FIGURES[name].place}). `{command}`\n"]
+        lines += slides_table(curves[name]) if name == "slides" else []
         lines += [f"![{name}]({name}/{name}.png)\n\nRuns: {made}. [data]({name}/data.csv), [runs]({name}/runs.csv)"]
     write(results_dir / "README.md", ("\n".join(lines) + "\n").encode())
 
@@ -685,6 +744,7 @@ def main(args: Args) -> int:
     for run in (run for run in runs if (run.folder / "args.json").exists()):
         run.check_version()
     runs = [run for run in dict.fromkeys(runs) if run.read() is None]
+    make_dataset(runs, args)
     if args.dry_run:
         sys.stdout.writelines(f"{shlex.join(('python', *run.next_command()))}\n" for run in runs)
         return 0

@@ -4,6 +4,8 @@ import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
+import minari
 import numpy as np
 import pytest
 import torch
@@ -36,14 +38,17 @@ SMALL = {
 
 def random_episodes(lengths, size=3):
     rng = np.random.default_rng(0)
-    return [Episode(rng.normal(size=(n + 1, size)).astype(np.float32), rng.normal(size=n)) for n in lengths]
+    rest = (None, None)  # terminated, truncated
+    return [
+        Episode(rng.normal(size=(n + 1, size)).astype(np.float32), None, rng.normal(size=n), *rest) for n in lengths
+    ]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
 def test_the_most_valuable_states_are_those_that_earned_most(gamma):
     episodes = random_episodes([5, 1, 9])
     values = {}
-    for i, (_, rewards) in enumerate(episodes):
+    for i, rewards in enumerate(episode.rewards for episode in episodes):
         for t in range(1, len(rewards) + 1):
             later = rewards[t - 1 :]
             values[i, t] = (gamma ** np.arange(len(later)) * later).sum()
@@ -102,5 +107,41 @@ def test_a_run_of_every_script_gets_a_picture_and_numbers(name, tmp_path, capsys
             script.main(Args(str(folder)))
 
 
+@pytest.mark.parametrize("name", ["recall_sac", "recall_trpo"])
+def test_actions_are_recorded_as_they_reach_the_environment(name, tmp_path, capsys, datasets):
+    """Greedy episodes of an agent without recall traces. Played again in Gymnasium's own environment, from their seeds,
+    they are the same to the bit, rewards and ends too."""
+    module = importlib.import_module(name)
+    usual = {"env_id": "Pendulum-v1", "total_timesteps": 400, "eval_episodes": 1, "recall": "none"}
+    run = module.main(module.Args(**usual | SMALL[name] | {"run_dir": str(tmp_path / "run")}))
+    dataset_id = f"pendulum/{name.replace('_', '-')}-v0"
+    args = Args(str(run), record_dataset=dataset_id, episodes=3)
+    script.main(args)
+    assert "over 3 fresh episodes" in capsys.readouterr().out and not [*run.glob("inspect_*.png")]
+    dataset, env = minari.load_dataset(dataset_id), gym.make("Pendulum-v1")
+    assert dataset.total_episodes == 3 and dataset.env_spec.id == "Pendulum-v1"
+    assert dataset.action_space == env.action_space and dataset.observation_space == env.observation_space
+    seeds = [facts["seed"] for facts in dataset.storage.get_episode_metadata(range(3))]
+    assert seeds == [10**6, 10**6 + 1, 10**6 + 2]
+    for episode, seed in zip(dataset, seeds, strict=True):
+        states, outcomes = [env.reset(seed=int(seed))[0]], []
+        for action in episode.actions:
+            assert env.action_space.contains(action)
+            state, *outcome, _ = env.step(action)
+            states.append(state)
+            outcomes.append(outcome)
+        np.testing.assert_array_equal(episode.observations, states)
+        columns = episode.rewards, episode.terminations, episode.truncations
+        np.testing.assert_array_equal(np.array(columns, float).T, np.array(outcomes, float))
+        assert len(outcomes) == 200 and episode.truncations[-1]
+    actor = module.Actor(3, 1, module.Args(**SMALL[name]).hidden)
+    actor.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["actor"])
+    greedy = module.act(actor, episode.observations[:-1], greedy=True).clip(-1, 1)
+    np.testing.assert_allclose(episode.actions, 2 * greedy, atol=1e-5)
+    for wrong in (dataset_id, "no id"):  # there is one already
+        with pytest.raises(ValueError, match=r"^[^\n]*(already exists|Malformed dataset ID)[^\n]*$"):
+            script.main(Args(str(run), record_dataset=wrong, episodes=1))
+
+
 def test_the_script_stays_short():
-    assert len(Path(script.__file__).read_text().splitlines()) <= 188
+    assert len(Path(script.__file__).read_text().splitlines()) <= 215

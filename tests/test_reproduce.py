@@ -270,14 +270,16 @@ def test_a_claim_is_judged_where_all_its_runs_are_and_listed_where_not(tmp_path)
 
 
 def test_all_figures_of_the_paper_are_there(capsys):
-    assert [name for name, figure in FIGURES.items() if figure.place != "ours"] == [f"fig{i}" for i in range(2, 20)]
+    assert [name for name, figure in FIGURES.items() if figure.place not in ("ours", "slides")] == [
+        f"fig{i}" for i in range(2, 20)
+    ]
     assert all(figure.panels for figure in FIGURES.values())
     assert reproduce.main(Args(list=True)) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*FIGURES]
 
 
 def test_it_is_minimal():
-    assert len((ROOT / "reproduce.py").read_text().splitlines()) <= 700
+    assert len((ROOT / "reproduce.py").read_text().splitlines()) <= 760
 
 
 def test_scripts_accept_their_flags():
@@ -415,6 +417,48 @@ def test_one_figure_with_all_kinds_of_panels_and_all_scripts(tmp_path, monkeypat
     after = contents(tmp_path / "results")
     assert {path.name for path in before if after[path] != before[path]} == {"fig2.png"}
     assert after[Path("fig2/fig2.png")] == b"the old one"
+
+
+@smoke
+def test_the_slides_have_their_expert_its_dataset_and_all_clones(tmp_path, monkeypatch, capsys):
+    """In this process, too. The expert is trained and recorded once, before all others."""
+    made, results = [], tmp_path / "results"
+
+    def execute(run, _):
+        _, script, *words = run.command.split()
+        module = importlib.import_module(script.removesuffix(".py"))
+        module.main(tyro.cli(module.Args, args=[*words, "--run-dir", str(run.folder)]))
+        made.append(script)
+        return ""
+
+    def record(words, **_):
+        module = importlib.import_module("inspect_run")
+        module.main(tyro.cli(module.Args, args=words[2:]))
+        made.append("dataset")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(reproduce, "FIGURES", {"slides": FIGURES["slides"]})
+    monkeypatch.setattr(reproduce, "CLAIMS", tuple(claim for claim in CLAIMS if claim.figure == "slides"))
+    monkeypatch.setattr(reproduce, "execute", execute)
+    monkeypatch.setattr(reproduce, "execute_all", lambda runs, args: sum(len(execute(run, [])) for run in runs))
+    args = Args(scale="smoke", runs_dir=tmp_path / "runs", results_dir=results)
+    assert reproduce.main(reproduce.replace(args, dry_run=True)) == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch("before all others: python recall_sac.py .* ; python inspect_run.py .*\n", printed.err)
+    assert len(printed.out.splitlines()) == 11 and not made
+    monkeypatch.setattr(reproduce.subprocess, "run", record)
+    assert reproduce.main(args) == 0
+    assert made == ["recall_sac.py", "dataset", "recall_bc.py", "cat_bc.py", *["recall_bc.py"] * 9]
+    lines = (results / "README.md").read_text().splitlines()
+    for label, number in reproduce.SLIDES.items():
+        assert [
+            line for line in lines if re.fullmatch(rf"\| 7 trajectories \| {label} \| {number} \| .* \| 1 \|", line)
+        ]
+    assert len([line for line in lines if line.startswith("| 50 steps of each | ")]) == 3
+    assert len([line for line in lines if "**too few seeds**" in line]) == len(reproduce.CLAIMS) == 12
+    shutil.rmtree(tmp_path / "runs")
+    assert reproduce.main(args) == 0 and len(made) == 13  # nothing twice
 
 
 # ------------------------------------------------------------------------------------------------------ processes

@@ -95,7 +95,41 @@ SCRIPTS = {  # the flag that chooses the method, and small arguments: 1 200 step
             "eval_episodes": 2,
         },
     ),
+    "recall_bc": (
+        "augment",
+        {
+            "env_id": "Reacher-v5",
+            "dataset": "reacher/random-v0",
+            "episodes": 3,
+            "hidden": 16,
+            "batch_size": 16,
+            "num_traces": 9,
+            "trace_length": 5,
+            "curriculum_every": 300,
+            "backtracking_updates": 4,
+            "backtracking_batch_size": 32,
+            "eval_episodes": 2,
+        },
+    ),
+    "cat_bc": (
+        "penalty",
+        {
+            "env_id": "Reacher-v5",
+            "dataset": "reacher/random-v0",
+            "episodes": 3,
+            "hidden": 16,
+            "num_envs": 4,
+            "num_steps": 15,
+            "cg_iterations": 3,
+            "critic_epochs": 1,
+            "discriminator_every": 2,
+            "num_traces": 4,
+            "clone_updates": 20,
+            "eval_episodes": 2,
+        },
+    ),
 }
+CLONES = ("recall_bc", "cat_bc")  # which learn from a dataset
 FOUR_ROOMS = ("recall_a2c_fourroom", "per_a2c_fourroom")
 ENVS = dict.fromkeys(FOUR_ROOMS, ("four_room",)) | {"recall_goalgan_ant": ("goals", "u_maze", "point_mass")}
 MODES = {
@@ -104,6 +138,8 @@ MODES = {
     "recall_sac": ("none", "learned", "random"),
     "recall_trpo": ("none", "learned", "random", "forward"),
     "recall_goalgan_ant": ("none", "learned", "random"),
+    "recall_bc": ("none", "noise", "mixup", "bdm", "bdm-cl"),
+    "cat_bc": (0.1, 0.0),
 }
 LINES = {
     "recall_a2c_fourroom": (470, 100),
@@ -111,6 +147,8 @@ LINES = {
     "recall_sac": (590, 110),
     "recall_trpo": (720, 110),
     "recall_goalgan_ant": (860, 120),
+    "recall_bc": (535, 110),
+    "cat_bc": (690, 110),
 }  # of script, of main
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 BASE_TAGS = {"charts/episodic_return", "charts/episodic_length", "eval/return"}
@@ -128,6 +166,14 @@ SAC_TAGS["learned"] = SAC_TAGS["random"] | {"recall/backtracking_loss", "recall/
 TRPO_TAGS = {mode: tags | {"recall/imitation_kl"} if tags else tags for mode, tags in SAC_TAGS.items()}
 TRPO_TAGS["forward"] = TRPO_TAGS["learned"] - TAGS["random"]
 TAGS["return"] = TAGS["td-error"] = REPLAY_TAGS
+BASE_TAGS = dict.fromkeys(SCRIPTS, BASE_TAGS)
+BASE_TAGS["recall_bc"] = {"eval/return", "losses/imitation_loss", "losses/std", "augment/pairs"}
+BASE_TAGS["cat_bc"] = BASE_TAGS["recall_sac"] | BASE_TAGS["recall_bc"] | {"augment/return", "augment/success_rate"}
+OWN_TAGS["recall_bc"], OWN_TAGS["cat_bc"] = set(), OWN_TAGS["recall_trpo"] | {"losses/generator_reward"}
+OWN_TAGS["cat_bc"] |= {"losses/discriminator_loss", "losses/discriminator_accuracy"}
+CLONE_TAGS = dict.fromkeys(("none", "noise", "mixup"), {"augment/return"}) | dict.fromkeys((0.1, 0.0), set())
+CLONE_TAGS["bdm"] = SAC_TAGS["learned"] - {"recall/imitation_loss", "recall/start_value"}
+CLONE_TAGS["bdm-cl"] = CLONE_TAGS["bdm"]
 
 
 def settings(name, **changes):
@@ -238,7 +284,7 @@ def contents(folder):
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
+def in_an_empty_folder(tmp_path, monkeypatch, datasets):
     monkeypatch.chdir(tmp_path)
 
 
@@ -289,6 +335,8 @@ OF_A_DOMAIN = ("mlp", "BacktrackingModel", "ReplayBuffer", "update_actor_critic"
 OF_A_DOMAIN += ("recall_traces", "imitate", "play", "collect_rollout")
 # What each base algorithm has of its own, and what each script: environments, and where its valuable states are.
 OF_AN_ALGORITHM, OF_A_SCRIPT = ("Actor", "Critic", "act"), ("high_value_states",)
+# The generator and the clone of cat_bc imitate no traces: an Actor without the likelihood of clipped actions.
+OWN = (("make_env", "recall_goalgan_ant"), ("Actor", "cat_bc"))
 
 
 def test_functions_of_one_name_are_the_same_to_the_letter():
@@ -299,9 +347,9 @@ def test_functions_of_one_name_are_the_same_to_the_letter():
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("Args", "main"):
                 key = (node.name, name in FOUR_ROOMS) if node.name in OF_A_DOMAIN else node.name
-                algorithm = "recall_trpo" if name == "recall_goalgan_ant" else name
+                algorithm = "recall_trpo" if name in ("recall_goalgan_ant", "cat_bc") else name
                 key = (node.name, algorithm) if node.name in OF_AN_ALGORITHM else key
-                own = node.name in OF_A_SCRIPT or (node.name, name) == ("make_env", "recall_goalgan_ant")
+                own = node.name in OF_A_SCRIPT or (node.name, name) in OWN
                 key = (node.name, name) if own else key
                 found.setdefault(key, {})[name] = ast.get_source_segment(text, node)
             if isinstance(node, ast.If):  # under __name__ == "__main__"
@@ -315,6 +363,8 @@ def test_functions_of_one_name_are_the_same_to_the_letter():
         "generalized_advantages",
         "make_env",
         "try_out",
+        "load_expert",
+        "clone",
     } <= found.keys()
     for name, texts in found.items():
         assert len({*texts.values()}) == 1, f"{name} differs"
@@ -333,8 +383,11 @@ def test_a_script_is_minimal(name):
 def test_every_line_of_the_algorithm_and_every_equation_is_marked(name):
     """Equations anywhere; the algorithm from main on, so that a reader finds it there."""
     main = source(name)[source(name).index("\ndef main(") :]
-    if "recall" in name:
-        assert {f"Alg. 1, line {i}" for i in range(1, 14)} <= places(main)
+    if name == "cat_bc":
+        assert {"Eq. (1)", "Eq. (5)"} <= places(source(name))  # of the slides
+    elif "recall" in name:
+        no_policy = {4, 6, 7} if name == "recall_bc" else set()  # is executed and improved by reinforcement learning
+        assert {f"Alg. 1, line {i}" for i in {*range(1, 14)} - no_policy} <= places(main)
         assert {f"Eq. ({i})" for i in range(1, 4)} <= places(source(name))
     else:
         assert {f"Alg. 1, line {i}" for i in range(4, 16)} <= places(main)
@@ -366,7 +419,7 @@ def test_pep_723_block_agrees_with_requirements_and_imports(name):
     assert sys.version_info[:2] >= tuple(map(int, script["requires-python"].removeprefix(">=").split(".")))
     local = "".join((ROOT / "envs" / f"{module}.py").read_text() for module in ENVS.get(name, ()))
     imported = re.findall(r"(?m)^ *(?:import|from) (\w+)", source(name) + local)
-    packages = {"PIL": "pillow"}
+    packages = {"PIL": "pillow", "minari": "minari[hdf5]"}
     expected = {packages.get(module, module) for module in imported} - {*sys.stdlib_module_names, "envs"}
     expected |= {"imageio"} if "mujoco" in expected else set()  # which Gymnasium's MuJoCo environments import
     assert "torch.utils.tensorboard" in source(name)
@@ -399,7 +452,8 @@ def test_same_seed_same_bits_and_another_seed_is_another_run(name, tmp_path, fin
     assert_same(train(name, tmp_path / "again"), finished(name))
     other = train(name, tmp_path / "other", seed=2)
     assert differences(load(other)["actor"], load(finished(name))["actor"]) != []
-    assert logged(other)["charts/episodic_return"] != logged(finished(name))["charts/episodic_return"]
+    tag = "losses/imitation_loss" if name in CLONES else "charts/episodic_return"
+    assert logged(other)[tag] != logged(finished(name))[tag]
 
 
 @pytest.mark.parametrize("name", ["recall_a2c_fourroom", "recall_sac", "recall_trpo", "recall_goalgan_ant"])
@@ -418,7 +472,7 @@ def test_recall_flags_change_nothing_without_recall(name, tmp_path, monkeypatch,
 @every_script
 def test_evaluation_changes_no_training_number(name, tmp_path, finished):
     run = train(name, tmp_path / "run", eval_every=10**9, capture_video=True)
-    assert [step for step, _ in logged(run)["eval/return"]] == [0, 1200]
+    assert [step for step, _ in logged(run)["eval/return"]] == ([1200] if name == "cat_bc" else [0, 1200])
     assert differences(load(run), load(finished(name))) == []
 
 
@@ -439,6 +493,9 @@ def test_evaluation_changes_no_training_number(name, tmp_path, finished):
         ("recall_trpo", {"recall": "none", "num_envs": 3, "num_steps": 21}),
         ("recall_goalgan_ant", {"recall": "learned"}),
         ("recall_goalgan_ant", {"recall": "none", "checkpoint_every": 120, "inner_iterations": 3}),
+        ("recall_bc", {"augment": "bdm-cl", "with_expert": 0.5}),
+        ("recall_bc", {"augment": "noise"}),
+        ("cat_bc", {"num_envs": 3, "num_steps": 21}),
     ],
 )
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(name, changes, tmp_path, finished):
@@ -589,10 +646,12 @@ def test_a_run_holds_arguments_checkpoint_events_and_pictures(name, finished):
 def test_tags_are_spelt_alike(name, mode, finished):
     run = finished(name, **{SCRIPTS[name][0]: mode})
     curves = {tag: points for tag, points in logged(run).items() if not tag.startswith("pictures/")}
-    tags = {"recall_sac": SAC_TAGS, "recall_trpo": TRPO_TAGS, "recall_goalgan_ant": TRPO_TAGS}.get(name, TAGS)
-    assert {*curves} == BASE_TAGS | OWN_TAGS[name] | tags[mode]
+    tags = {"recall_sac": SAC_TAGS, "recall_trpo": TRPO_TAGS, "recall_goalgan_ant": TRPO_TAGS}
+    tags = (tags | dict.fromkeys(CLONES, CLONE_TAGS)).get(name, TAGS)
+    assert {*curves} == BASE_TAGS[name] | OWN_TAGS[name] | tags[mode]
     assert all(np.isfinite([value for _, value in points]).all() for points in curves.values())
-    assert [step for step, _ in curves["eval/return"]] == [0, 240, 480, 720, 960, 1200]
+    evaluated = [1200] if name == "cat_bc" else [0, 240, 480, 720, 960, 1200]  # there is a clone only at the end
+    assert [step for step, _ in curves["eval/return"]] == evaluated
     assert all(points[-1][0] == 1200 for points in curves.values())
     speeds = EventAccumulator(str(run)).Reload().Scalars("charts/SPS")
     assert all(event.value > 0 for event in speeds[1:])
@@ -639,6 +698,8 @@ def test_an_agent_is_loaded_in_five_lines_of_python(name, tmp_path, finished):
         "recall_sac": {"env_id": "HalfCheetah-v5", "hidden": 256},
         "recall_trpo": {"env_id": "HalfCheetah-v5", "hidden": 64},
         "recall_goalgan_ant": {"env_id": "PointUMaze-v0", "hidden": 64},
+        "recall_bc": {"env_id": "HalfCheetah-v5", "hidden": 64, "dataset": "halfcheetah/random-v0"},
+        "cat_bc": {"env_id": "HalfCheetah-v5", "hidden": 64, "dataset": "halfcheetah/random-v0"},
     }.get(name, {"size": 15})
     run = train(name, tmp_path / "run", total_timesteps=20, **larger)
     scope = {}
@@ -715,13 +776,13 @@ def test_importing_does_nothing(name, tmp_path):
 @every_script
 def test_refuses_numbers_out_of_range(name, tmp_path):
     module = importlib.import_module(name)
-    tried = 0
+    may_be_zero, tried = ["seed", "num_replayed_goals"] + ["backtracking_updates"] * (name == "recall_bc"), 0
     for field, annotation in module.Args.__annotations__.items():
         bad = []
         if annotation in (float, float | None):
             bad = [-1.0, float("nan"), float("inf")]
         if annotation in (int, int | None):
-            bad = [-1] if field in ("seed", "num_replayed_goals") else [-1, 0]
+            bad = [-1] if field in may_be_zero else [-1, 0]
         for number in bad:
             refused(name, field.replace("_", "-"), **settings(name) | {field: number})
             tried += 1
@@ -730,8 +791,10 @@ def test_refuses_numbers_out_of_range(name, tmp_path):
         "recall_sac": (("tau", 1.5), ("temperature", 0.0), ("top_fraction", 0.0)),
         "recall_trpo": (("recall_until", 1.5), ("max_kl", 0.0)),
     }
+    own |= {"recall_bc": (("with_expert", 1.5), ("mixup_alpha", 0.0)), "cat_bc": (("least_success", 1.5),)}
     own["recall_goalgan_ant"] = (("dims", 7), ("most_success", 1.5), ("least_success", 0.9), ("max_kl", 0.0))
-    for field, number in (*own.get(name, (("size", 6), ("gae_lambda", 1.01))), ("gamma", 1.5), ("seed", 2**64)):
+    discount = () if name == "recall_bc" else (("gamma", 1.5),)
+    for field, number in (*own.get(name, (("size", 6), ("gae_lambda", 1.01))), *discount, ("seed", 2**64)):
         refused(name, field.replace("_", "-"), **settings(name) | {field: number})
     assert contents(tmp_path) == {}
 
@@ -753,7 +816,8 @@ def test_refuses_to_go_on_with_other_arguments(name, tmp_path, finished):
     run = train(name, tmp_path / "run")
     before = contents(tmp_path)
     for flag in ("resume", "evaluate"):
-        for field, value in (("seed", 7), ("num_envs", 3), ("run_dir", "other"), ("gamma", 0.5)):
+        own = ("num_traces", 3) if name == "recall_bc" else ("gamma", 0.5)
+        for field, value in (("seed", 7), ("eval_every", 3), ("run_dir", "other"), own):
             refused(name, field.replace("_", "-"), **{flag: run}, **settings(name) | {field: value})
         refused(name, "total-timesteps", **{flag: run}, total_timesteps=-1)
     assert contents(tmp_path) == before
@@ -816,6 +880,9 @@ def test_a_loss_that_diverges_ends_the_run_and_keeps_a_good_checkpoint(name, tmp
     fields = [f for f in vars(importlib.import_module(name).Args()) if f.endswith(("learning_rate", "_lr"))]
     for field in fields:
         run = tmp_path / field
+        if (name, field) == ("recall_bc", "backtracking_lr"):  # its traces are made before the run
+            refused(name, "backtracking-lr", **settings(name) | {field: 1e38})
+            continue
         with pytest.raises(FloatingPointError) as caught:
             train(name, run, **{SCRIPTS[name][0]: MODES[name][1], field: 1e38})
         message = str(caught.value)
@@ -896,3 +963,30 @@ def test_settings_of_every_flag_of_goal_gan_run(tmp_path):
     assert step == 1200 and goals.shape == (7, 3) and len(buffer[0]) == 20 and len(old_goals) > 60
     assert load(run)["actor"]["log_std"].tolist() == [0.0] * 3
     assert max(value for _, value in logged(run)["recall/imitation_kl"]) <= 1e-4
+
+
+def test_settings_of_every_flag_of_clones_run(tmp_path):
+    others = {"seed": 5, "max_episode_steps": 30, "hidden": 8, "episodes": 2, "expert_steps": 9, "learning_rate": 1e-3}
+    others |= {"batch_size": 9, "num_traces": 5, "uniform_noise": 0.1, "device": "cpu"}
+    others |= {"total_timesteps": 120, "eval_every": 60, "checkpoint_every": 60}
+    of_traces = {"with_expert": 0.3, "mixup_alpha": 1.0, "start_states": "all", "trace_length": 3, "trace_limit": 9.0}
+    of_traces |= {"curriculum_every": 30, "backtracking_updates": 2, "backtracking_batch_size": 9}
+    of_traces |= {"backtracking_lr": 1e-2, "action_noise": 0.5, "state_noise": 2.0}
+    for mode, most in (("none", 18), ("noise", 45), ("mixup", 18), ("bdm", 15), ("bdm-cl", 18)):
+        pairs = logged(train("recall_bc", tmp_path / mode, augment=mode, **others, **of_traces))["augment/pairs"]
+        assert pairs[-1][1] == most if mode in ("none", "noise", "mixup") else 0 < pairs[0][1] <= pairs[-1][1] <= most
+    of_generator = {"num_envs": 3, "num_steps": 20, "gamma": 0.9, "gae_lambda": 0.5, "max_kl": 0.1, "cg_damping": 0.0}
+    of_generator |= {"line_search_steps": 3, "critic_lr": 1e-2, "critic_epochs": 2, "critic_batch_size": 16}
+    of_generator |= {"discriminator_lr": 1e-2, "discriminator_every": 1, "discriminator_entropy": 0.1}
+    of_generator |= {"penalty": 0.5, "least_success": 0.9, "clone_updates": 3, "checkpoint_every": 120}
+    curves = logged(train("cat_bc", tmp_path / "cat", **others | of_generator))
+    assert curves["charts/episodic_length"][-1][1] == 30 and curves["augment/pairs"][-1][1] % 30 == 0
+
+
+def test_a_dataset_that_is_missing_or_of_another_task_is_one_line(tmp_path):
+    for name in CLONES:
+        refused(name, "dataset", **settings(name, dataset="nobody/knows-v0"))
+        refused(name, "dataset", **settings(name, dataset="not an id"))
+        refused(name, "episodes", **settings(name, episodes=99))
+        refused(name, "env-id", **settings(name, dataset="halfcheetah/random-v0"))
+    assert contents(tmp_path) == {}
