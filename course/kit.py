@@ -189,17 +189,12 @@ class Nursery:
 
 def nursery() -> None:
     """What the process of a Nursery does."""
-    for package in (
-        "torch.utils.tensorboard",
-        "torch.distributions",
-        "gymnasium",
-        "mujoco",
-        "tyro",
-        "tqdm",
-        "filelock",
-    ):
-        with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError):
+        for package in ("torch.utils.tensorboard", "gymnasium", "mujoco", "tyro", "tqdm", "filelock"):
             importlib.import_module(package)
+        torch = sys.modules["torch"]
+        torch.set_num_threads(1)
+        torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports a lot
     for line in sys.stdin:
         folder, seconds, user = json.loads(line)
         deadline = time.monotonic() + seconds
@@ -378,8 +373,8 @@ Install (Python 3.11 to 3.13) and check, in this folder:
 On Windows the programs are in .venv\\Scripts in place of .venv/bin. On Linux, a CPU build of torch saves several GB:
 add `--extra-index-url https://download.pytorch.org/whl/cpu` to the first command.
 
-Each exercise has a folder. README.md is the task. In the script the functions to be filled in raise NotImplementedError,
-and their docstrings say what they must do. Change nothing else, so that the grader finds its way.
+Each exercise has a folder. README.md is the task. In the script the functions to be filled in raise
+NotImplementedError, and their docstrings say what they must do. Change nothing else, so that the grader finds its way.
 
     .venv/bin/python check.py e02               # one exercise
     .venv/bin/python check.py e02 --check 3     # one check of it

@@ -9,9 +9,9 @@ Everything is conditioned on the later state. The model is fitted by raising log
 1. Cells (recall_a2c_fourroom.py). `action_log_probs` and `state_log_probs` give the two factors for all actions and
    states; pick the right entries. Without a `state_predictor` the previous state is known exactly: it is
    `predecessors[next_state, action]`, and any other state has the log-probability -1e9.
-2. Vectors (recall_sac.py). The model predicts Gaussians of normalised numbers: the action, with variance 1, and the change
-   of state s_t - s_{t+1}, with a learned standard deviation. To normalise is to subtract the mean and divide by the
-   standard deviation of the data (`action_mean`, `action_std`, `change_mean`, `change_std`). `predict_action` and
+2. Vectors (recall_sac.py). The model predicts Gaussians of normalised numbers: the action, with variance 1, and the
+   change of state s_t - s_{t+1}, with a learned standard deviation. To normalise is to subtract the mean and divide by
+   the standard deviation of the data (`action_mean`, `action_std`, `change_mean`, `change_std`). `predict_action` and
    `predict_change` take states and actions as they are. Log densities of several numbers add up.
 3. `update_backtracking_model` in both scripts: one step of the optimizer on a batch.
 
@@ -20,7 +20,7 @@ A hand-sized example with two states and two actions. For one s', q(a | s') = (0
 
 Reading: section 2.1 and Appendix C of the paper.
 
-Hints: no term for the change of variables is wanted, as the densities are those of normalised numbers. An optimizer adds
+Hints: no term for the change of variables is wanted, as the densities are of normalised numbers. An optimizer adds
 new gradients to old ones, unless you set those to zero. Use `backtracking_batch_size` tuples, drawn with replacement.
 """
 
@@ -88,14 +88,13 @@ def run_update(script, case):
 
     theta = case["theta"].clone().requires_grad_()
     rows = torch.arange(len(theta))
-    vectors = case["script"] == "recall_sac" if "script" in case else case["vectors"]
-    columns = {name: rows if vectors else rows.numpy() for name in script.Batch._fields} if vectors else {}
-    tuples = script.Batch(**columns) if vectors else script.Tuples(*[rows.numpy()] * 5)
-    model = types.SimpleNamespace(
-        log_prob=lambda s, a, n: (
-            (theta[s] / 4, theta[a] / 2 + theta[n] / 4) if vectors else (theta[s] + theta[a] + theta[n]) / 3
-        )
-    )
+    model = types.SimpleNamespace()
+    if case["vectors"]:
+        tuples = script.Batch(*[rows] * 5)
+        model.log_prob = lambda states, actions, after: (theta[states] / 4, theta[actions] / 2 + theta[after] / 4)
+    else:
+        tuples = script.Tuples(*[rows.numpy()] * 5)
+        model.log_prob = lambda states, actions, after: (theta[states] + theta[actions] + theta[after]) / 3
     optimizer = torch.optim.SGD([theta], lr=1.0)
     args = types.SimpleNamespace(backtracking_batch_size=case["batch_size"])
     for _ in range(2):
@@ -106,7 +105,6 @@ def run_update(script, case):
 # ------------------------------------------------------------------------------------------ never handed out
 import numpy as np  # noqa: E402
 from scipy.special import log_softmax  # noqa: E402
-from scipy.stats import norm  # noqa: E402
 
 TOLERANCE = {"default": [1e-6, 1e-9], "theta": [0.03, 0.03], "loss": [0.03, 0.03]}
 
@@ -171,6 +169,10 @@ def of_update(rng, script):
     return {"what": "update", "script": script, "vectors": vectors, "theta": theta, "batch_size": 20_000}
 
 
+def normal_log_density(x, mean, std):
+    return -((x - mean) ** 2) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))
+
+
 def cells(case, floor=-1e9, states_given=True, actions_given=True):
     s, a, after = case["states"], case["actions"], case["next_states"]
     log_prob = log_softmax(case["action_logits"], -1)[after, a] * actions_given
@@ -186,8 +188,8 @@ def vectors(case, given="next_states", sign=1, normalised=True, jacobian=False, 
         action, change = (action - case["action_mean"]) / case["action_std"], (change - change_mean) / change_std
     mean = given @ case["mean_weight"] + case["actions"] @ case["mean_of_action"]
     std = np.exp(given @ case["std_weight"] * (0.5 if variance else 1))
-    of_actions = norm.logpdf(action, given @ case["action_weight"], 1)
-    of_changes = norm.logpdf(change, mean, std)
+    of_actions = normal_log_density(action, given @ case["action_weight"], 1)
+    of_changes = normal_log_density(change, mean, std)
     if jacobian:
         of_actions, of_changes = of_actions - np.log(case["action_std"]), of_changes - np.log(change_std)
     return {"of_actions": reduce(of_actions, axis=-1), "of_changes": reduce(of_changes, axis=-1)}
