@@ -37,7 +37,6 @@ def run(script, case):
 
 # ------------------------------------------------------------------------------------------ never handed out
 import numpy as np  # noqa: E402
-
 from exercises.mazes import dynamics, four_rooms  # noqa: E402
 
 TOLERANCE = {"default": [0, 0]}

@@ -80,7 +80,6 @@ def step_back(case, after):
 
 # ------------------------------------------------------------------------------------------ never handed out
 import numpy as np  # noqa: E402
-
 from exercises.mazes import dynamics, four_rooms  # noqa: E402
 
 TOLERANCE = {"default": [1e-6, 1e-9]}
