@@ -38,7 +38,7 @@ def posterior(ways, policy):
 
 
 def elbo(ways, policy, q):
-    """The lower bound of log p(success), a number: the sum of q(way) (log p(way) - log q(way)) over all ways, q (n,)."""
+    """The lower bound of log p(success) for any q (n,): the sum of q(way) (log p(way) - log q(way)) over all ways."""
     return float(q @ (log_probs(ways, policy) - np.log(q)))
 
 
