@@ -64,6 +64,8 @@ def exercises() -> dict:
         spec.loader.exec_module(module)
         module.id, module.name = path.stem[:3], path.stem
         module.title = module.__doc__.splitlines()[0]
+        if not (module.EXERCISE["scripts"] or hasattr(module, "grade_folder")):
+            module.grade_folder = lambda folder, points=module.EXERCISE["points"]: [("by hand", 0, points, "")]
         module.files = [script.replace(".", "/") + ".py" for script in module.EXERCISE["scripts"]]
         found[module.id] = module
     return found
@@ -283,6 +285,8 @@ def find_file(submission: Path, exercise, file: str) -> Path | None:
 
 def grade(exercise, submission: Path, seed: int, start) -> list[tuple[str, float, float, str]]:
     """The results of a folder or file: title, points, points possible, what is wrong, of each check."""
+    if hasattr(exercise, "grade_folder"):
+        return exercise.grade_folder(submission)
     checks, problem, sources = make_checks(exercise, seed), "", {}
     for file in exercise.files:
         path = find_file(submission, exercise, file)
@@ -308,7 +312,7 @@ def grade_all(path: Path, ids: list[str], seed: int, start) -> dict[str, list]:
     with tempfile.TemporaryDirectory() as folder:
         submission = open_submission(path, Path(folder))
         wanted = chosen(ids) or [e for e in graded() if any(find_file(submission, e, file) for file in e.files)]
-        return {exercise.id: grade(exercise, submission, seed, start) for exercise in wanted if exercise.files}
+        return {exercise.id: grade(exercise, submission, seed, start) for exercise in wanted}
 
 
 def text_of(results: dict[str, list]) -> str:
