@@ -168,7 +168,7 @@ def child(folder: Path) -> None:
 
 def as_array(value) -> np.ndarray:
     """An array of numbers, from a tensor too; of anything else its description."""
-    array = np.array(value.detach().cpu() if hasattr(value, "detach") else value)
+    array = np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
     return array if array.dtype.kind in "biuf" else np.array(repr(value)[:200])
 
 
@@ -183,7 +183,7 @@ def explain(error: BaseException) -> str:
         path = Path(frame.filename)
         if path.is_relative_to(os.getcwd()) and path.name != "run.py":
             return f"{text} ({path.name}, line {frame.lineno}: {frame.line})"
-    return text
+    return f"what your function returns cannot be used: {text}"
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 import zlib
@@ -115,6 +116,7 @@ def make_checks(exercise, seed: int) -> list:
 
 
 # ------------------------------------------------------------------------------------------------------ blanking
+@cache
 def functions(source: str) -> dict[str, tuple[int, int, int]]:
     """Where the functions of a file are: name, or Class.name -> (lines before it, lines before its body, last line).
 
@@ -131,38 +133,33 @@ def functions(source: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def put(source: str, name: str, body: str) -> str:
-    """The file with other lines as the body of this function; all other lines stay byte for byte."""
-    if name not in functions(source):
-        raise KeyError(f"there is no function {name}")
-    lines = source.splitlines(keepends=True)
-    _, start, end = functions(source)[name]
-    indent = "        " if "." in name else "    "
-    lines[start:end] = [f"{indent}{line}\n" if line else "\n" for line in body.splitlines()]
+def put(source: str, bodies: dict[str, str]) -> str:
+    """The file with other lines as the bodies of these functions; all other lines stay byte for byte."""
+    found, lines = functions(source), source.splitlines(keepends=True)
+    for name in sorted(bodies, key=lambda name: found[name], reverse=True):
+        _, start, end = found[name]
+        indent = "        " if "." in name else "    "
+        lines[start:end] = [f"{indent}{line}\n" if line else "\n" for line in bodies[name].splitlines()]
     return "".join(lines)
 
 
 def blank(source: str, blanked: list) -> str:
     """The file with the bodies of all functions that these exercises ask for cut out, in whatever script they are."""
-    for exercise in blanked:
-        for name in exercise.EXERCISE["blank"]:
-            if name in functions(source):
-                number = exercise.EXERCISE["number"]
-                source = put(source, name, f'raise NotImplementedError("E{number}: {name}")')
-    return source
+    found = functions(source)
+    numbers = {name: exercise.EXERCISE["number"] for exercise in blanked for name in exercise.EXERCISE["blank"]}
+    bodies = {name: f'raise NotImplementedError("E{number}: {name}")' for name, number in numbers.items()}
+    return put(source, {name: body for name, body in bodies.items() if name in found})
 
 
 def with_references(source: str, file: str, exercise) -> str:
     """A student's file with the functions of all other exercises as they are in the script: errors do not cascade."""
-    own, original = exercise.EXERCISE["blank"], reference(file)
-    others = {name for other in graded() for name in other.EXERCISE["blank"]} - {*own}
-    for name in sorted(others & functions(source).keys() & functions(original).keys()):
-        first, _, last = functions(original)[name]
-        start, _, end = functions(source)[name]
-        lines = source.splitlines(keepends=True)
-        lines[start:end] = original.splitlines(keepends=True)[first:last]
-        source = "".join(lines)
-    return source
+    others = {name for other in graded() for name in other.EXERCISE["blank"]} - {*exercise.EXERCISE["blank"]}
+    found, of_script = functions(source), functions(reference(file))
+    lines, script_lines = (text.splitlines(keepends=True) for text in (source, reference(file)))
+    for name in sorted(others & found.keys() & of_script.keys(), key=lambda name: found[name], reverse=True):
+        (start, _, end), (first, _, last) = found[name], of_script[name]
+        lines[start:end] = script_lines[first:last]
+    return "".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------ running
@@ -361,7 +358,7 @@ def collect(
                 rows.append(row)
         return rows
 
-    pairs = [*zip(names, paths, strict=True)]
+    pairs, workers = [*zip(names, paths, strict=True)], max(1, min(workers, len(paths)))
     with ThreadPoolExecutor(workers) as pool:
         rows = [row for share in pool.map(one_share, [pairs[i::workers] for i in range(workers)]) for row in share]
     columns = [name for name in exercises() if any(name in row for row in rows)]
@@ -442,13 +439,12 @@ def leaks(folder: Path, wanted: list) -> list[str]:
     """Lines in the text files of a hand-out that stand only in solutions, or in what is never handed out."""
     secret, public = set(), set()
     for exercise in wanted:
-        if exercise.files:
-            secret |= telling(Path(exercise.__file__).read_text().split(MARK)[1].splitlines())
-            public |= telling(handed_out(exercise).splitlines())
-        for file in {*ENVS, *exercise.files}:
-            whole, cut = (telling(text.splitlines()) for text in (reference(file), blank(reference(file), wanted)))
-            secret |= whole - cut
-            public |= cut
+        secret |= telling(Path(exercise.__file__).read_text().split(MARK)[1].splitlines())
+        public |= telling(handed_out(exercise).splitlines())
+    for file in {*ENVS, *(file for exercise in wanted for file in exercise.files)}:
+        whole, cut = (telling(text.splitlines()) for text in (reference(file), blank(reference(file), wanted)))
+        secret |= whole - cut
+        public |= cut
     found = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".npz"):
         lines = telling(path.read_text().splitlines())
@@ -560,13 +556,13 @@ def verify_exercise(exercise, start) -> list[str]:
         """The files with body(arguments) as the body of each blanked function."""
         files = dict(sources)
         for file, text in files.items():
-            for name in blanked:
-                if name in functions(text):
-                    lines = text.splitlines()[slice(*functions(text)[name][::2])]
-                    node = ast.parse("\n".join(line[4 if "." in name else 0 :] for line in lines)).body[0]
-                    arguments = [argument.arg for argument in node.args.args if argument.arg != "self"]
-                    text = put(text, name, body(name, arguments))
-            files[file] = text
+            bodies = {}
+            for name in {*blanked} & functions(text).keys():
+                first, _, last = functions(text)[name]
+                node = ast.parse(textwrap.dedent("\n".join(text.splitlines()[first:last]))).body[0]
+                arguments = [argument.arg for argument in node.args.args if argument.arg != "self"]
+                bodies[name] = body(name, arguments)
+            files[file] = put(text, bodies)
         return files
 
     problems += [f"the reference fails {title}: {text}" for title, _, _, text in results(sources, checks) if text]
@@ -619,7 +615,7 @@ def main() -> int:
     if args.command == "list":
         for exercise in exercises().values():
             points, minutes = exercise.EXERCISE["points"], exercise.EXERCISE["minutes"]
-            print(f"{exercise.name:18} {points:3} points {minutes:5} minutes   {exercise.title}")
+            print(f"{exercise.name:20} {points:3} points {minutes:5} minutes   {exercise.title}")
         return 0
     if args.command == "verify":
         with starter() as start:

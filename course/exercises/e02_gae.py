@@ -50,7 +50,7 @@ def run(script, case):
 # ------------------------------------------------------------------------------------------ never handed out
 import numpy as np  # noqa: E402
 
-TOLERANCE = {"default": [1e-6, 1e-9]}
+TOLERANCE = {"default": [1e-5, 1e-6]}  # of single precision
 
 
 def cases(rng):

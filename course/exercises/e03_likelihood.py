@@ -13,7 +13,8 @@ Everything is conditioned on the later state. The model is fitted by raising log
    change of state s_t - s_{t+1}, with a learned standard deviation. To normalise is to subtract the mean and divide by
    the standard deviation of the data (`action_mean`, `action_std`, `change_mean`, `change_std`). `predict_action` and
    `predict_change` take states and actions as they are. Log densities of several numbers add up.
-3. `update_backtracking_model` in both scripts: one step of the optimizer on a batch.
+3. `update_backtracking_model` in both scripts: one step of the optimizer on a batch. It returns a dict with the loss,
+   {"recall/backtracking_loss": number}; what else is in it is not checked.
 
 A hand-sized example with two states and two actions. For one s', q(a | s') = (0.25, 0.75), and q(s | a = 1, s') =
 (0.8, 0.2). Then q(s = 0, a = 1 | s') = 0.75 * 0.8 = 0.6, and its logarithm is -0.511.

@@ -9,7 +9,9 @@ Gaussian number u and takes the action a = tanh(u). Two things then need care.
 2. `Actor.log_prob_of_clipped`: actions of traces are clipped to +-0.98. One that was clipped stands for all actions
    beyond 0.98. These have the probability P(u > atanh 0.98), or P(u < -atanh 0.98) on the other side; divided by
    their width 0.02 it is a mean density. Numbers of an action are independent: their logarithms add up.
-3. `imitate`: one step of the optimizer on the steps of traces that count (`inside`). If none counts, there is no step.
+3. `imitate`: one step of the optimizer on the steps of traces that count (`inside`). It returns a dict with the loss as
+   "recall/imitation_loss", and as "recall/trace_length" the mean number of steps that count of a trace. If no step
+   counts, the optimizer makes none, and there is no loss in the dict.
 
 A hand-sized example: mean 0, std 1, u = 0. The density of u is 0.3989 and the slope of the tanh 1, so the log density
 of the action 0 is -0.9189. An action of 0.98 stands for u > 2.2976, of probability 0.0108; its log density is
@@ -132,12 +134,12 @@ def steps(rng, share):
     }
 
 
-def of_density(case, of_slope=-1.0, rounded=False):
+def of_density(case, of_slope=-1.0, rounded=False, epsilon=0.0):
     noise, log_std, u = (case[name].astype(float) for name in ("noise", "log_std", "u"))
     log_slope = 2 * (np.log(2) - np.logaddexp(u, -u))
     if rounded:
         with np.errstate(divide="ignore"):
-            log_slope = np.log(1 - np.tanh(case["u"]) ** 2).astype(float)
+            log_slope = np.log(1 - np.tanh(case["u"]) ** 2 + np.float32(epsilon)).astype(float)
     of_u = -(noise**2) / 2 - log_std - np.log(2 * np.pi) / 2
     return {"log_density": of_u + of_slope * log_slope}
 
@@ -197,6 +199,10 @@ WRONG = [
         of("density", "integral", "clipped", of_slope=0),
     ),
     ("log(1 - tanh(u)^2) fails where the tanh rounds to 1: write it with exp or softplus", of("density", rounded=True)),
+    (
+        "a small number inside of the logarithm hides log 0, but far out the density is then far too low",
+        of("density", rounded=True, epsilon=1e-6),
+    ),
     ("a clipped action is taken for exactly 0.98: it stands for all actions beyond", of("clipped", edges=False)),
     ("the probability beyond 0.98 is to be divided by the width 0.02 of these actions", of("clipped", width=1.0)),
     ("at -0.98 the probability is that of u < -atanh 0.98, not of u > atanh 0.98", of("clipped", mirrored=False)),
