@@ -231,6 +231,7 @@ SUBMISSIONS = {  # body of generalized_advantages: points, and a part of the not
     ),
     "sys.exit": ("import sys\nsys.exit()", 0, "SystemExit"),
     "os._exit": ("import os\nos._exit(0)", 0, "ended without an answer"),
+    "kills": ("import os\nos.kill(os.getppid(), 9)\nos._exit(0)", 0, "ended without an answer"),
     "reads": ("return float(input())", 0, "Error"),
     "huge": ("return np.zeros(20_000_000)", 0, "ended without an answer"),
     "imports the script": ("import recall_a2c_fourroom\nreturn recall_a2c_fourroom.generalized_advantages("
@@ -262,10 +263,11 @@ def test_thirty_submissions(tmp_path, monkeypatch):
     ):
         with zipfile.ZipFile(folder / f"{name}.zip", "w") as file:
             file.writestr(member, gae(solution()))
+            file.writestr(".venv/lib/site-packages/recall_a2c_fourroom.py", "not needed")
         expected[name] = points, note
     (folder / "no zip.zip").write_bytes(b"garbage")
     expected["no zip"] = 0, "cannot be read"
-    (folder / "one file").mkdir()
+    (folder / "one file").mkdir()  # without the exercise's folder
     (folder / "one file/recall_a2c_fourroom.py").write_text(gae(solution()))
     expected["one file"] = 8, ""
     (folder / "empty").mkdir()
