@@ -265,3 +265,33 @@ ORAL = [
         "They are constants: they shift the loss and change no gradient.",
     ),
 ]
+
+ALTERNATIVES = [
+    {
+        "BacktrackingModel.log_prob": """
+if hasattr(self, "action_std"):
+    normal = torch.distributions.Normal
+    mean, log_std = self.predict_change(actions, next_states)
+    a = (actions - self.action_mean) / self.action_std
+    d = ((states - next_states) - self.change_mean) / self.change_std
+    of_actions = normal(self.predict_action(next_states), 1.0).log_prob(a)
+    return of_actions.sum(1), normal(mean, log_std.exp()).log_prob(d).sum(1)
+rows = torch.arange(len(states))
+total = self.action_log_probs(next_states)[rows, actions]
+if self.state_predictor is not None:
+    return total + self.state_log_probs(actions, next_states)[rows, states]
+return torch.where(self.predecessors[next_states, actions] == states, total, torch.full_like(total, -1e9))
+""",
+        "update_backtracking_model": """
+import random
+rows = random.choices(range(len(tuples.actions)), k=args.backtracking_batch_size)
+pick = [torch.as_tensor(column)[rows] for column in (tuples.states, tuples.actions, tuples.next_states)]
+result = model.log_prob(*pick)
+loss = -(sum(result) if isinstance(result, tuple) else result).sum() / len(rows)
+optimizer.zero_grad(set_to_none=True)
+loss.backward()
+optimizer.step()
+return {"recall/backtracking_loss": float(loss)}
+""",
+    }
+]

@@ -237,3 +237,36 @@ ORAL = [
         "The model has never seen such states; what it imagines there is noise.",
     ),
 ]
+
+ALTERNATIVES = [
+    {
+        "recall_traces": """
+if hasattr(model, "sample_states"):
+    first_state, length = locals().get("first_state"), locals().get("length")
+    now, states, actions = list(starts), [], []
+    for _ in range(length):
+        after = []
+        for cell in now:
+            log_probs = model.action_log_probs(torch.tensor([int(cell)]))[0]
+            a = int(torch.distributions.Categorical(logits=log_probs).sample())
+            s = int(model.sample_states(np.array([a]), np.array([cell]))[0])
+            states.append(s)
+            actions.append(a)
+            after += [s] if s != first_state else []
+        now = after
+    return np.array(states), np.array(actions)
+args = locals()["args"]
+rows, alive, now = [], torch.ones(len(starts), dtype=torch.bool), starts
+while len(rows) < args.trace_length:
+    now, action = model.sample(now, args)
+    alive = alive & (((now - model.state_mean) / model.state_std).abs().amax(1) <= args.trace_limit)
+    rows.append((now, action, alive))
+return tuple(torch.stack(column) for column in zip(*rows))
+""",
+        "relabel": """
+repeated = torch.stack([goals] * len(states))
+reached = env.reached(states[..., env.places].flatten(0, 1).numpy(), repeated.flatten(0, 1).numpy())
+return torch.cat([states, repeated], -1), inside & ~torch.tensor(reached).view(inside.shape)
+""",
+    }
+]

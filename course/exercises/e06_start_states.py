@@ -227,3 +227,33 @@ ORAL = [
         "k_traj and k: a bad trajectory may contain a good tuple.",
     ),
 ]
+
+ALTERNATIVES = [
+    {
+        "TrajectoryBuffer.most_valuable": """
+rows = [row for _, trajectory in self.best for row in trajectory]
+rows.sort(key=lambda row: row[-1], reverse=True)
+count = max(1, int(round(len(rows) * fraction)))
+return Tuples(*[np.array([row[k] for row in rows[:count]]) for k in range(5)])
+""",
+        "high_value_states": """
+if "buffer" in locals():
+    drawn = locals()["buffer"].sample(args.recall_tuples)
+    keep = [i for i in range(len(drawn.rewards)) if not drawn.terminated[i]]
+    drawn = Batch(*[column[keep] for column in drawn])
+    mean, _ = locals()["actor"](drawn.next_states)
+    both = locals()["critic"](drawn.next_states, torch.tanh(mean))
+    value = torch.minimum(both[0], both[1])
+    order = torch.sort(value, descending=True).indices[: math.ceil(args.top_fraction * len(keep))]
+    return Batch(*[column[order] for column in drawn]), value[order]
+maze, tuples, values = locals()["maze"], locals()["tuples"], locals()["values"]
+if args.start_states == "goal":
+    pool = np.array([maze.goal])
+elif args.start_states == "reward":
+    pool = np.array([s for s, r in zip(tuples.next_states, tuples.rewards) if r > 0])
+else:
+    pool = np.array([max(tuples.states, key=lambda s: values[s])])
+return np.random.default_rng(0).choice(pool, size=args.num_traces)
+""",
+    }
+]

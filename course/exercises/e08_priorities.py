@@ -192,3 +192,36 @@ ORAL = [
     ("Why are weights divided by the largest?", "They then only shrink steps; otherwise rare draws make huge ones."),
     ("Why 1e-6?", "A transition of priority 0 would never be drawn again, and its weight would be infinite."),
 ]
+
+ALTERNATIVES = [
+    {
+        "ReplayBuffer.sample": """
+powers = torch.tensor(self.powers[: len(self)])
+slots = torch.multinomial(powers, batch_size, replacement=True).numpy()
+w = (len(self) * self.powers[: len(self)] / self.powers[: len(self)].sum()) ** -beta
+return slots, w[slots] / w.max()
+""",
+        "update_from_replay": """
+n = min(args.replay_batch_size, len(buffer))
+slots, weights = buffer.sample(n, args.priority_beta)
+s, a, r, after, end, R = (torch.as_tensor(column[slots]) for column in buffer.tuples)
+w = torch.as_tensor(weights)
+log_pi, v, _ = evaluate_all_states(actor, critic)
+with torch.no_grad():
+    if args.priority == "return":
+        adv = (R - v[s]).clamp(min=0)
+    else:
+        adv = r + args.gamma * v[after] * (~end) - v[s]
+    target = adv + v[s]
+policy_loss = -(w * adv * log_pi[s, a]).mean()
+value_loss = (w * (v[s] - target) ** 2).mean()
+optimizer.zero_grad()
+loss = policy_loss + args.vf_coef * value_loss
+loss.backward()
+torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], args.max_grad_norm)
+optimizer.step()
+buffer.powers[slots] = (adv.abs().numpy() + 1e-6) ** buffer.alpha
+return {}
+""",
+    }
+]

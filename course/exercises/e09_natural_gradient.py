@@ -229,3 +229,46 @@ ORAL = [
         "That length is from a quadratic approximation, and g from a linear one.",
     ),
 ]
+
+ALTERNATIVES = [
+    {
+        "conjugate_gradients": """
+x = torch.zeros_like(b)
+r, d = b - x, b - x
+for i in range(iterations):
+    Md = product(d)
+    step = (r @ d) / (d @ Md)
+    x = x + step * d
+    r = r - step * Md
+    if r.norm() < 1e-12:
+        break
+    d = r - (r @ Md) / (d @ Md) * d
+return x
+""",
+        "fisher_matrix": """
+policy = actor(states)
+old = Normal(policy.mean.detach(), policy.stddev.detach())
+first = torch.autograd.grad(kl_divergence(old, policy), list(actor.parameters()), create_graph=True)
+flat = torch.cat([part.reshape(-1) for part in first])
+def product(vector):
+    second = torch.autograd.grad(flat @ vector, list(actor.parameters()), retain_graph=True)
+    return torch.cat([part.reshape(-1) for part in second]) + damping * vector
+return product
+""",
+        "line_search": """
+from torch.nn.utils import vector_to_parameters
+old = parameters_to_vector(actor.parameters()).clone()
+before = actor(states)
+log_before = before.log_prob(actions).sum(-1)
+for power in range(args.line_search_steps):
+    vector_to_parameters(old + 0.8**power * step, actor.parameters())
+    now = actor(states)
+    surrogate = (advantages * (now.log_prob(actions).sum(-1) - log_before).exp()).mean()
+    kl = torch.distributions.kl_divergence(before, now).sum(-1).mean()
+    if kl <= args.max_kl and surrogate > advantages.mean():
+        return {"losses/kl": kl}
+vector_to_parameters(old, actor.parameters())
+return {}
+""",
+    }
+]

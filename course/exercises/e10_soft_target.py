@@ -208,3 +208,32 @@ ORAL = [
     ),
     ("Why does a time limit not set d to 1?", "The state has a future; only the recording stops there."),
 ]
+
+ALTERNATIVES = [
+    {
+        "critic_targets": """
+a, log_pi = actor.sample(batch.next_states)
+q1, q2 = target_critic(batch.next_states, a)
+soft = torch.min(q1, q2) - actor.log_temperature.exp() * log_pi
+alive = batch.terminated == 0
+return (args.reward_scale * batch.rewards + args.gamma * torch.where(alive, soft, 0.0)).detach()
+""",
+        "update_actor_critic": """
+y = critic_targets(actor, target_critic, batch, args)
+q1, q2 = critic(batch.states, batch.actions)
+value_loss = nn.functional.mse_loss(q1, y) + nn.functional.mse_loss(q2, y)
+a, log_pi = actor.sample(batch.states)
+frozen = deepcopy(critic).requires_grad_(False)
+policy_loss = (actor.log_temperature.exp().detach() * log_pi - torch.min(*frozen(batch.states, a))).mean()
+alpha_loss = -actor.log_temperature * (log_pi.detach() - a.shape[1]).mean()
+optimizer.zero_grad()
+for loss in (value_loss, policy_loss, alpha_loss):
+    loss.backward()
+optimizer.step()
+with torch.no_grad():
+    for slow, fast in zip(target_critic.parameters(), critic.parameters()):
+        slow.copy_((1 - args.tau) * slow + args.tau * fast)
+return {"loss": float(value_loss)}
+""",
+    }
+]

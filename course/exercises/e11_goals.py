@@ -149,3 +149,23 @@ ORAL = [
     ("Why are goals that are always reached bad?", "There is nothing left to learn from them."),
     ("Why must the discriminator's loss not move the generator?", "The generator would learn to be recognised."),
 ]
+
+ALTERNATIVES = [
+    {
+        "goal_labels": """
+low, high = args.least_success, args.most_success
+return torch.tensor([1.0 if low < rate < high else 0.0 for rate in rates.tolist()])
+""",
+        "GoalGAN.judge": """
+middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
+return self.discriminator((goals - middle) / half).flatten()
+""",
+        "discriminator_loss": """
+targets = torch.where(labels == 1, 1.0, -1.0).to(goals.dtype)
+of_goals = nn.functional.mse_loss(gan.judge(goals), targets)
+judged = gan.judge(generated)
+return of_goals + nn.functional.mse_loss(judged, -torch.ones_like(judged))
+""",
+        "generator_loss": "return (1 - gan.judge(generated)).square().mean()",
+    }
+]
