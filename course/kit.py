@@ -468,10 +468,11 @@ def leaks(folder: Path, wanted: list) -> list[str]:
 
 SETUP = """#!/usr/bin/env bash
 set -euo pipefail
-apt-get update && apt-get install -y python3 python3-venv
-python3 -m venv /autograder/venv
-/autograder/venv/bin/pip install --index-url https://download.pytorch.org/whl/cpu torch=={torch}
-/autograder/venv/bin/pip install -r /autograder/source/requirements.txt
+curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR=/usr/local/bin sh
+export UV_PYTHON_INSTALL_DIR=/opt/python
+uv venv --python 3.12 /autograder/venv
+uv pip install --python /autograder/venv --index-url https://download.pytorch.org/whl/cpu torch=={torch}
+uv pip install --python /autograder/venv -r /autograder/source/requirements.txt
 useradd --no-create-home student
 chmod 700 /autograder/source
 """
@@ -561,6 +562,8 @@ def verify_exercise(exercise, start) -> list[str]:
             return [f"there is no function {name} in {' '.join(exercise.files)}"]
     checks = [made for seed in (0, 1, 2) for made in make_checks(exercise, seed)]  # in one child
     first = checks[: len(checks) // 3]
+    if len(exercise.ORAL) != 2:
+        problems.append("there are not two questions to ask by word of mouth")
     if (points := sum(of["points"] for of in first)) != exercise.EXERCISE["points"]:
         problems.append(f"the checks have {points} points")
 
