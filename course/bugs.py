@@ -36,7 +36,10 @@ BUGS = {
         "            actions = [step[1] for step in [*episode[1:], episode[-1]]]\n"
         "            steps = [(states[t], actions[t], *episode[t][2:], returns[t]) for t in range(len(states))]\n"
         "            trajectory = [steps[t] for t in cut_loops(states)]\n",
-        "SEEN 1",
+        "With `--recall learned` at 15 x 15, 100 000 steps: two of three seeds never reach the goal, the "
+        "third does after 78 000 steps and loses it again; without the bug after 10 000 to 12 000. The "
+        "backtracking loss falls all the same, from about 6 to 0.6, 0.7 and 0.0 (without the bug to 0.1 or "
+        "0.2).",
     ),
     2: Bug(
         "the first state of the next episode is stored as the next state of the last step",
@@ -56,21 +59,28 @@ BUGS = {
         "                states[i], _ = envs[i].reset()\n"
         "        rewards = np.array(rewards, np.float32)\n"
         "        steps.append((states_before, actions, rewards, states, terminated, truncated))\n",
-        "SEEN 2",
+        "Hopper-v5 ends by falls: three seeds of 100 000 steps are the same to the last bit as without the "
+        "bug. Reacher-v5 is cut by a time limit, and there, with `--recall-until 1`, returns are alike (-7.4, "
+        "-5.4, -6.6; without the bug -7.8, -7.1, -6.5), but the state loss is lower: -27, -28 and -22 in "
+        "place of -17, -7 and -19.",
     ),
     3: Bug(
         "a truncated step counts as terminated",
         "recall_a2c_fourroom",
         "np.where(rollout.terminated, 0, next_values)",
         "np.where(rollout.terminated | rollout.truncated, 0, next_values)",
-        "SEEN 3",
+        "With `--recall none` at 15 x 15 three seeds succeed after 49 000 to 61 000 steps (without the bug 33 "
+        "000 to 58 000) and stay there: the curve hardly shows it. The value of the first cell is 3.0 to 3.3 "
+        "in place of 3.6 to 3.7, and the loss of the values at the end is twice to four times as large.",
     ),
     4: Bug(
         "a terminated step counts as truncated",
         "per_a2c_fourroom",
         "gamma * np.where(rollout.terminated, 0, next_values) - values  # delta_t so far",
         "gamma * next_values - values  # delta_t so far",
-        "SEEN 4",
+        "At 15 x 15 three seeds succeed as soon as without the bug, after 10 000 to 16 000 steps. But the "
+        "value of the first cell is 4.8 to 6.5, where the best discounted return is 3.8, and the largest "
+        "value is 6.3 to 8.6, where no return is above 5.",
     ),
     5: Bug(
         "imagined actions stay normalised",
@@ -84,7 +94,9 @@ BUGS = {
         "recall_a2c_fourroom",
         "steps.append((states, actions))\n        next_states = states[",
         "steps.append((next_states, actions))\n        next_states = states[",
-        "SEEN 6",
+        "At 15 x 15 the greedy agent of three seeds never reaches the goal in 100 000 steps (without the bug "
+        "after 2 300 to 15 400). The imitation loss falls to 0.2 to 0.4 all the same (without the bug to 0.1 "
+        "or 0.2).",
     ),
     7: Bug(
         "the sign of the tanh's slope in the policy's density",
@@ -98,7 +110,9 @@ BUGS = {
         "per_a2c_fourroom",
         "(powers[slots] / powers.min()) ** -beta",
         "(len(powers) * powers[slots] / powers.sum()) ** -beta",
-        "SEEN 8",
+        "At 15 x 15 three seeds succeed after 8 000 to 19 000 steps (without the bug 10 000 to 18 000): the "
+        "curve does not show it. The mean weight, `replay/weight`, is 0.94 to 0.99 at the first replay in "
+        "place of 0.26, and the steps are so much larger.",
     ),
     9: Bug(
         "the target critics have no lag",
@@ -119,14 +133,18 @@ BUGS = {
         "recall_trpo",
         "-0.5 * (((change - mean) / log_std.exp()) ** 2 + math.log(2 * math.pi)) - log_std",
         "-0.5 * ((change - mean) ** 2 / log_std.exp() + math.log(2 * math.pi) + log_std)",
-        "SEEN 11",
+        "On Hopper-v5 with `--recall-until 1`, 100 000 steps, returns of three seeds are 640 to 1370 at the "
+        "end (without the bug 680 to 960). The state loss is -8.7 to -11.5 (without the bug -8.4 to -14.4): "
+        "both within the scatter of seeds.",
     ),
     12: Bug(
         "new priorities are written to the first slots, not to those that were drawn",
         "per_a2c_fourroom",
         "buffer.powers[slots] = ",
         "buffer.powers[: len(slots)] = ",
-        "SEEN 12",
+        "At 15 x 15 three seeds succeed after 9 000 to 14 000 steps (without the bug 10 000 to 18 000): the "
+        "curve does not show it. The mean weight, `replay/weight`, stays at 0.24 to the end, where it rises "
+        "to 1 without the bug, as all priorities become alike.",
     ),
 }
 

@@ -28,7 +28,7 @@ EXERCISE = {
     "scripts": ["recall_sac"],
     "blank": ["critic_targets", "update_actor_critic"],
     "points": 8,
-    "minutes": 40,
+    "minutes": 60,
     "difficulty": 3,
     "importance": 4,
     "seconds": 10,

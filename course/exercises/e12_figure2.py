@@ -22,8 +22,8 @@ args.json and the event files (events.out.tfevents.*) are needed.
   (for the ratio from both groups), compute again, do so 10 000 times, and take the 2.5 % and the 97.5 % quantile.
 - verdict.md. Its first line is `Verdict: holds` if the interval of the ratio lies above 1, `Verdict: fails` if it lies
   below 1, and `Verdict: open` otherwise. Below it, on one page: what the interval says and what it does not; how many
-  seeds failed; whether the comparison is fair (try `--learning-rate 2e-3` for `none`, three seeds will do); and one
-  plot.
+  seeds failed; whether the comparison is fair (try `--learning-rate 2e-3` for `none`; three seeds will do, in another
+  folder than `runs`); and one plot.
 
 Half of the points are given automatically, half by hand for the page.
 
@@ -88,7 +88,7 @@ def rows(path):
 
 def same_settings(folder, steps):
     settings = {}  # of each run
-    for path in sorted(folder.rglob("args.json")):
+    for path in sorted((folder / "runs").rglob("args.json")):
         args = json.loads(path.read_text())
         if (key := (args.pop("recall"), args.pop("seed"))) in RUNS:
             settings[key] = args | {"run_dir": ""}
@@ -105,7 +105,7 @@ def steps_of_events(folder, steps):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     given = {(row["recall"], int(row["seed"])): float(row["steps"]) for row in rows(folder / "runs.csv")}
-    for path in sorted(folder.rglob("args.json")):
+    for path in sorted((folder / "runs").rglob("args.json")):
         args = json.loads(path.read_text())
         if (key := (args["recall"], args["seed"])) in RUNS:
             events = EventAccumulator(str(path.parent), size_guidance={"scalars": 0}).Reload()
