@@ -44,6 +44,7 @@ import check  # noqa: E402  what students get too
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
 MARK = "# ------------------------------------------------------------------------------------------ never handed out\n"
+LARGEST_MEMORY = 8 * 2**30  # bytes of address space of a child, of which torch takes two or three
 ENVS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "envs").glob("*.py"))
 
 
@@ -223,7 +224,7 @@ def nursery() -> None:
 
 
 def become_child(user: str) -> None:
-    """A process group of its own, no input, no output, no large files, and another user if one is given."""
+    """A process group of its own, no input, no output, bounds of files and memory, and another user if one is given."""
     import resource  # not on Windows, where there is no nursery
 
     os.setsid()
@@ -231,6 +232,7 @@ def become_child(user: str) -> None:
     for stream in range(3):
         os.dup2(null, stream)
     resource.setrlimit(resource.RLIMIT_FSIZE, (check.LARGEST_FILE, check.LARGEST_FILE))
+    resource.setrlimit(resource.RLIMIT_AS, (LARGEST_MEMORY, LARGEST_MEMORY))
     if user:
         import pwd
 
@@ -267,7 +269,9 @@ NEEDED = re.compile(r"^(?!.*(site-packages|__MACOSX)).*(\.(py|csv|json|md)|event
 
 
 def open_submission(path: Path, folder: Path) -> Path:
-    """The folder of a submission, which may be a folder, a zip or one file; a zip is unpacked into `folder`."""
+    """The folder of a submission: a folder, a zip, a folder with nothing but a zip, or a file; zips go into `folder`."""
+    zips = sorted(path.glob("*.zip")) if path.is_dir() else []
+    path = zips[0] if len(zips) == 1 and not any(path.rglob("*.py")) else path
     if path.suffix != ".zip":
         return path
     try:

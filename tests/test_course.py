@@ -53,6 +53,17 @@ def test_bugs_are_caught_by_their_checks_and_decoys_are_not(start):
     assert bugs.verify(start) == []
 
 
+def test_page_for_teachers_names_all_exercises_and_hunts():
+    page = (ROOT / "docs/teaching.md").read_text()
+    for exercise in kit.exercises().values():
+        title = exercise.title.partition(" ")[2]
+        assert f"| E{exercise.EXERCISE['number']} | {title}" in page
+        if exercise.files:
+            assert f"| {exercise.EXERCISE['points']} | {exercise.EXERCISE['minutes']} |" in page
+    for number, bug in bugs.BUGS.items():
+        assert f"| {number} | `{bug.script}.py` | {bug.seen} |" in page
+
+
 def test_mazes_of_the_cases_are_those_of_the_project():
     for size in (7, 8, 11, 15):
         maze = FourRoomMaze(size)
@@ -233,6 +244,7 @@ SUBMISSIONS = {  # body of generalized_advantages: points, and a part of the not
     "os._exit": ("import os\nos._exit(0)", 0, "ended without an answer"),
     "kills": ("import os\nos.kill(os.getppid(), 9)\nos._exit(0)", 0, "ended without an answer"),
     "reads": ("return float(input())", 0, "Error"),
+    "memory": ("return np.ones(10**11)", 0, "MemoryError"),
     "huge": ("return np.zeros(20_000_000)", 0, "ended without an answer"),
     "imports the script": ("import recall_a2c_fourroom\nreturn recall_a2c_fourroom.generalized_advantages("
                            "rollout, values, next_values, gamma, gae_lambda)", 0, "RecursionError"),
@@ -265,6 +277,9 @@ def test_thirty_submissions(tmp_path, monkeypatch):
             file.writestr(member, gae(solution()))
             file.writestr(".venv/lib/site-packages/recall_a2c_fourroom.py", "not needed")
         expected[name] = points, note
+    (folder / "zip in a folder").mkdir()
+    shutil.copy(folder / "zip.zip", folder / "zip in a folder/submission.zip")
+    expected["zip in a folder"] = 8, ""
     (folder / "no zip.zip").write_bytes(b"garbage")
     expected["no zip"] = 0, "cannot be read"
     (folder / "one file").mkdir()  # without the exercise's folder
