@@ -269,7 +269,7 @@ NEEDED = re.compile(r"^(?!.*(site-packages|__MACOSX)).*(\.(py|csv|json|md)|event
 
 
 def open_submission(path: Path, folder: Path) -> Path:
-    """The folder of a submission: a folder, a zip, a folder with nothing but a zip, or a file; zips go into `folder`."""
+    """The folder of a submission: a folder, a zip, a folder that holds a zip alone, or a file; zips go to `folder`."""
     zips = sorted(path.glob("*.zip")) if path.is_dir() else []
     path = zips[0] if len(zips) == 1 and not any(path.rglob("*.py")) else path
     if path.suffix != ".zip":
