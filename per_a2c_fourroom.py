@@ -299,7 +299,7 @@ def check(args: Args) -> Args:
 @contextmanager
 def open_run(args: Args):
     """The folder of a run, in which no other process can train at the same time."""
-    name = f"runs/{RUN_NAME.format(**vars(args)).replace('/', '-')}__{int(time.time())}"
+    name = f"runs/{RUN_NAME.format(**vars(args)).replace('/', '-').replace(':', '-')}__{int(time.time())}"
     run_dir, path = Path(args.run_dir or name), "args.tmp" if args.resume else "args.json"
     while not args.run_dir and run_dir.exists():  # the default name is taken
         run_dir = Path(f"{run_dir}_2")

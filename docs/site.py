@@ -1,7 +1,7 @@
 """Adds what lies beside docs/ to the site: README.md as its first page, the scripts, and the results with their pages.
 
-Links in the pages are those of the repository. A page of docs/ is one folder higher in the site. Formulas become MathML,
-which browsers show without a script.
+Links in the pages are those of the repository. A page of docs/ is one folder higher in the site. Formulas become
+MathML, which browsers show without a script.
 """
 
 import html
