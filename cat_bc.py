@@ -368,11 +368,6 @@ def update_trpo(actor: Actor, critic: Critic, optimizer, rollout: Rollout, args:
 
 
 # ------------------------------------------------------------------------------------------------------ CAT
-def split(observations: torch.Tensor, action_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """States s_t (..., S) and noisy actions a'_t (..., A) in what a generator observes."""
-    return observations[..., :-action_dim], observations[..., -action_dim:]
-
-
 def update_discriminator(discriminator: Discriminator, optimizer, expert, generated, args: Args) -> dict:
     """One step along L_u = -E log D(s, a) of the expert - E log(1 - D(s, a)) of the generator, Eq. (1), and less the
     entropy of D. Both are pairs of states (n, S) and actions (n, A), not necessarily as many."""
@@ -663,7 +658,7 @@ def main(args: Args) -> Path:
                 bar.update(batch)
                 rollout.truncated[-1] |= (step % args.checkpoint_every < batch) & ~rollout.terminated[-1]  # cut
                 visited, actions = (torch.from_numpy(x).to(args.device) for x in rollout[:2])
-                states, noisy_actions = split(visited, action_dim)
+                states, noisy_actions = visited[..., :state_dim], visited[..., state_dim:]
                 actions = actions.clamp(-1, 1)  # as they were carried out
                 rewards = generator_reward(discriminator, states, actions, noisy_actions, args).cpu().numpy()
                 metrics |= episode | {"losses/generator_reward": float(rewards.mean())}

@@ -122,12 +122,28 @@ def test_the_reward_in_closed_form(penalty):
             torch.testing.assert_close(rewards[t, e], expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_observations_are_split_into_states_and_noisy_actions():
-    states, actions = randn(4, 3, STATE_DIM), randn(4, 3, ACTION_DIM)
-    for part, expected in zip(
-        script.split(torch.cat((states, actions), -1), ACTION_DIM), (states, actions), strict=True
-    ):
-        torch.testing.assert_close(part, expected)
+def test_the_generator_is_rewarded_for_what_the_environment_carried_out(tmp_path, monkeypatch):
+    """States without noisy actions, actions clipped to -1 to 1, the noisy actions that were observed; and no reward of
+    the environment reaches it."""
+    seen, real = [], script.generator_reward
+
+    def generator_reward(discriminator, states, actions, noisy_actions, args):
+        seen.append((states, actions, noisy_actions, real(discriminator, states, actions, noisy_actions, args)))
+        return seen[-1][-1]
+
+    def update_trpo(generator, critic, optimizer, rollout, args):
+        states, actions, noisy_actions, rewards = seen[-1]
+        np.testing.assert_array_equal(rollout.rewards, rewards)
+        np.testing.assert_array_equal(rollout.states, torch.cat((states, noisy_actions), -1))
+        np.testing.assert_array_equal(rollout.actions.clip(-1, 1), actions)
+        assert np.abs(rollout.actions).max() > 1 and noisy_actions.abs().max() > 1
+        return {}
+
+    monkeypatch.setattr(script, "generator_reward", generator_reward)
+    monkeypatch.setattr(script, "update_trpo", update_trpo)
+    small = {"num_envs": 2, "num_steps": 10, "total_timesteps": 60, "num_traces": 2, "clone_updates": 2}
+    script.main(Args(**SMALL | small, eval_episodes=1, run_dir=str(tmp_path / "run")))
+    assert len(seen) == 3 and seen[0][0].shape == (10, 2, STATE_DIM)
 
 
 def test_corrected_trajectories_are_what_happens_when_the_greedy_generator_acts():
