@@ -71,7 +71,8 @@ BUGS = {
         "np.where(rollout.terminated | rollout.truncated, 0, next_values)",
         "With `--recall none` at 15 x 15 three seeds succeed after 49 000 to 61 000 steps (without the bug 33 "
         "000 to 58 000) and stay there: the curve hardly shows it. The value of the first cell is 3.0 to 3.3 "
-        "in place of 3.6 to 3.7, and the loss of the values at the end is twice to four times as large.",
+        "in place of 3.6 to 3.7, and the loss of the values at the end is 0.04 to 0.06 in place of 0.01 to "
+        "0.03.",
     ),
     4: Bug(
         "a terminated step counts as truncated",
@@ -87,7 +88,8 @@ BUGS = {
         "recall_sac",
         "actions = self.action_mean + self.action_std * (mean + args.action_noise * torch.randn_like(mean))",
         "actions = mean + args.action_noise * torch.randn_like(mean)",
-        "SEEN 5",
+        "Not run yet. Predicted: imagined actions are more often at their bounds, and the action loss does "
+        "not show it.",
     ),
     6: Bug(
         "traces store the state after the action, so imitation begins at the goal",
@@ -103,7 +105,9 @@ BUGS = {
         "recall_sac",
         "- 0.5 * math.log(2 * math.pi) - log_slope",
         "- 0.5 * math.log(2 * math.pi) + log_slope",
-        "SEEN 7",
+        "On Pendulum-v1 (5 000 steps, `--hidden 32 --learning-rate 3e-3`) three seeds do not learn: returns "
+        "of about -1500 in place of -142. The entropy of the one action from -1 to 1 is 68 000 to 93 000 at "
+        "the end, where log 2 = 0.69 is the largest possible; without the bug it is about -0.9.",
     ),
     8: Bug(
         "importance weights are not divided by the largest",
@@ -119,14 +123,18 @@ BUGS = {
         "recall_sac",
         "target.lerp_(weight.detach(), args.tau)",
         "target.lerp_(weight.detach(), 1 - args.tau)",
-        "SEEN 9",
+        "On Pendulum-v1 (5 000 steps, `--hidden 32 --learning-rate 3e-3`) three seeds do not learn: returns "
+        "of -1290 to -1490 in place of -142. Values of the data are -820 to -1210 (without the bug -64 to "
+        "-80), and the loss of the values reaches 1 100 to 62 000.",
     ),
     10: Bug(
         "tuples are ranked by V(s) in place of V(s')",
         "recall_sac",
         "for s in tuples.next_states.split(1000)",
         "for s in tuples.states.split(1000)",
-        "SEEN 10",
+        "On Pendulum-v1 (5 000 steps, `--hidden 32 --learning-rate 3e-3`), of two seeds, returns are the "
+        "same, -142 and -143. `recall/start_value` is -9.5 and -2.2 at the end, where it is -8.0 and -1.9 "
+        "without the bug: it looks fine.",
     ),
     11: Bug(
         "the model's density takes for a variance what is sampled as a standard deviation",

@@ -27,7 +27,7 @@ EXERCISE = {
     "minutes": 30,
     "difficulty": 1,
     "importance": 4,
-    "seconds": 10,
+    "seconds": 20,
 }
 
 

@@ -37,7 +37,7 @@ EXERCISE = {
     "minutes": 40,
     "difficulty": 2,
     "importance": 5,
-    "seconds": 10,
+    "seconds": 20,
 }
 
 

@@ -33,7 +33,7 @@ EXERCISE = {
     "minutes": 60,
     "difficulty": 3,
     "importance": 5,
-    "seconds": 20,
+    "seconds": 30,
 }
 
 

@@ -30,7 +30,7 @@ EXERCISE = {
     "minutes": 45,
     "difficulty": 2,
     "importance": 5,
-    "seconds": 20,
+    "seconds": 30,
 }
 
 

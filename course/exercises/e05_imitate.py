@@ -31,7 +31,7 @@ EXERCISE = {
     "minutes": 75,
     "difficulty": 4,
     "importance": 5,
-    "seconds": 20,
+    "seconds": 30,
 }
 
 

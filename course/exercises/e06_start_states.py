@@ -29,7 +29,7 @@ EXERCISE = {
     "minutes": 30,
     "difficulty": 2,
     "importance": 4,
-    "seconds": 20,
+    "seconds": 30,
 }
 
 

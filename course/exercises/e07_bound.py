@@ -41,7 +41,7 @@ EXERCISE = {
     "minutes": 120,
     "difficulty": 4,
     "importance": 4,
-    "seconds": 20,
+    "seconds": 30,
 }
 
 

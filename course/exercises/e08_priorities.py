@@ -27,7 +27,7 @@ EXERCISE = {
     "minutes": 45,
     "difficulty": 3,
     "importance": 3,
-    "seconds": 10,
+    "seconds": 20,
 }
 
 

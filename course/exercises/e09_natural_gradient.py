@@ -29,7 +29,7 @@ EXERCISE = {
     "minutes": 90,
     "difficulty": 5,
     "importance": 3,
-    "seconds": 20,
+    "seconds": 30,
 }
 
 

@@ -31,7 +31,7 @@ EXERCISE = {
     "minutes": 60,
     "difficulty": 3,
     "importance": 4,
-    "seconds": 10,
+    "seconds": 20,
 }
 
 

@@ -25,7 +25,7 @@ EXERCISE = {
     "minutes": 40,
     "difficulty": 2,
     "importance": 3,
-    "seconds": 20,
+    "seconds": 30,
 }
 
 
