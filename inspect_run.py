@@ -34,6 +34,7 @@ import torch.nn as nn
 import tyro
 from matplotlib.figure import Figure
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = ("recall_sac", "recall_trpo", "recall_goalgan_ant")
@@ -101,6 +102,7 @@ def in_its_own_space(env, action: np.ndarray) -> np.ndarray:
 
 def write_dataset(dataset_id: str, episodes: list[Episode], seed: int, spec, algorithm: str) -> None:
     """Writes episodes as a Minari dataset, with the seeds of their resets, by which they can be played again."""
+    parse_dataset_id(dataset_id)  # raises ValueError before anything is written
     buffers = []
     for i, (states, *columns) in enumerate(episodes):
         actions, rewards, terminated, truncated = map(list, columns)

@@ -435,7 +435,7 @@ def execute_all(runs: list[Run], args: Args) -> int:
 def make_dataset(runs: list[Run], args: Args) -> None:
     """What clones learn from, unless it is there: seven episodes of EXPERT, which is trained if it has to be."""
     dataset = SCALES["recall_bc.py"][args.scale].split()[1]
-    if args.plot_only or dataset in minari.list_local_datasets() or not any(dataset in run.command for run in runs):
+    if args.plot_only or not any(dataset in run.command for run in runs) or dataset in minari.list_local_datasets():
         return
     expert = make_run(EXPERT, 1, args if args.scale == "smoke" else replace(args, scale="laptop"))
     record = ["inspect_run.py", str(expert.folder), "--record-dataset", dataset, "--episodes", "7"]
