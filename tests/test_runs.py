@@ -823,14 +823,14 @@ def test_refuses_to_go_on_with_other_arguments(name, tmp_path, finished):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["per_a2c_fourroom", "recall_sac"])  # all have the same lines for it
+@pytest.mark.parametrize("name", ["recall_sac"])  # all have the same lines for it
 def test_the_command_line_is_refused_in_one_line(name, tmp_path, finished):
     """Status 2, nothing on stdout, no file: bad flags, bad folders, and a default value where the run has another."""
     run = str(train(name, tmp_path / "run", seed=3))
     before = contents(tmp_path)
     script = str(ROOT / f"{name}.py")
     for words, named in (
-        (["--size", "6"], "--size") if name in FOUR_ROOMS else (["--hidden", "0"], "--hidden"),
+        (["--hidden", "0"], "--hidden"),
         (["--resume", run, "--seed", "1"], "--seed"),
         (["--evaluate", str(tmp_path / "nothing")], "--evaluate"),
         (["--run-dir", run], "--run-dir"),
