@@ -832,8 +832,6 @@ def test_the_command_line_is_refused_in_one_line(name, tmp_path, finished):
     for words, named in (
         (["--hidden", "0"], "--hidden"),
         (["--resume", run, "--seed", "1"], "--seed"),
-        (["--evaluate", str(tmp_path / "nothing")], "--evaluate"),
-        (["--run-dir", run], "--run-dir"),
         (["--run-dir", f"{run}/args.json"], "args.json"),
     ):
         result = execute(script, *words, cwd=tmp_path)
@@ -915,7 +913,7 @@ def test_settings_of_every_flag_of_soft_actor_critic_run(tmp_path):
     others |= {"updates_per_step": 0.2, "temperature": 0.3, "reward_scale": 2.0, "num_traces": 3, "trace_length": 4}
     others |= {"recall_every": 7, "recall_updates": 9, "recall_tuples": 60, "top_fraction": 0.5, "action_noise": 0.5}
     others |= {"state_noise": 1.0, "trace_limit": 4.0, "backtracking_updates": 2, "backtracking_batch_size": 9}
-    others |= {"backtracking_lr": 1e-2, "imitation_lr": 1e-3, "torch_threads": 2, "device": "cpu", "eval_episodes": 1}
+    others |= {"backtracking_lr": 1e-2, "imitation_lr": 1e-3, "device": "cpu", "eval_episodes": 1}
     others |= {"checkpoint_every": 100, "eval_every": 100}
     run = train("recall_sac", tmp_path / "run", **others)
     assert load(run)["progress"][0] == 1200
@@ -925,7 +923,7 @@ def test_settings_of_every_flag_of_soft_actor_critic_run(tmp_path):
         [0.3] * len(curves["losses/temperature"])
     )
     assert curves["charts/episodic_length"][-1][1] == 30
-    ant = {"env_id": "Ant-v5", "contact_forces": False, "total_timesteps": 20}
+    ant = {"env_id": "Ant-v5", "contact_forces": False, "total_timesteps": 20, "torch_threads": 2}
     assert load(train("recall_sac", tmp_path / "ant", **ant))["buffer"]["ring"][0].shape == (20, 27)
 
 
@@ -936,7 +934,7 @@ def test_settings_of_every_flag_of_trust_region_policy_optimization_run(tmp_path
     others |= {"trace_length": 4, "recall_every": 3, "recall_updates": 2, "recall_until": 0.8, "buffer_size": 200}
     others |= {"top_trajectories": 3, "top_fraction": 0.5, "backtracking_updates": 2, "backtracking_batch_size": 9}
     others |= {"backtracking_lr": 1e-2, "imitation_lr": 1e-3, "imitation_kl": 1e-4, "action_noise": 0.5}
-    others |= {"state_noise": 1.0, "trace_limit": 4.0, "torch_threads": 2, "device": "cpu", "eval_episodes": 1}
+    others |= {"state_noise": 1.0, "trace_limit": 4.0, "device": "cpu", "eval_episodes": 1}
     for mode in ("learned", "forward"):
         run = train("recall_trpo", tmp_path / mode, recall=mode, start_states="reward", **others)
         step, _, buffer = load(run)["progress"]
@@ -944,7 +942,7 @@ def test_settings_of_every_flag_of_trust_region_policy_optimization_run(tmp_path
         curves = logged(run)
         assert curves["charts/episodic_length"][-1][1] == 30
         assert max(value for _, value in curves["recall/imitation_kl"]) <= 1e-4
-    ant = {"env_id": "Ant-v5", "contact_forces": False, "total_timesteps": 60}
+    ant = {"env_id": "Ant-v5", "contact_forces": False, "total_timesteps": 60, "torch_threads": 2}
     assert load(train("recall_trpo", tmp_path / "ant", **ant))["actor"]["net.0.weight"].shape == (16, 27)
 
 
@@ -957,7 +955,8 @@ def test_settings_of_every_flag_of_goal_gan_run(tmp_path):
     others |= {"gan_lr": 9e-4, "num_traces": 3, "trace_length": 4, "recall_every": 2, "recall_updates": 3}
     others |= {"buffer_size": 20, "backtracking_updates": 2, "backtracking_batch_size": 9, "backtracking_lr": 1e-2}
     others |= {"imitation_lr": 1e-2, "imitation_kl": 1e-4, "action_noise": 0.5, "state_noise": 1.0, "trace_limit": 9.0}
-    others |= {"torch_threads": 2, "device": "cpu", "eval_episodes": 1, "env_threads": 1}
+    others |= {"device": "cpu", "eval_episodes": 1, "env_threads": 1}
+    train("recall_goalgan_ant", tmp_path / "threads", torch_threads=2, total_timesteps=120)
     run = train("recall_goalgan_ant", tmp_path / "run", **others)
     step, _, goals, old_goals, buffer = load(run)["progress"]
     assert step == 1200 and goals.shape == (7, 3) and len(buffer[0]) == 20 and len(old_goals) > 60
