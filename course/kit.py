@@ -269,9 +269,10 @@ NEEDED = re.compile(r"^(?!.*(site-packages|__MACOSX)).*(\.(py|csv|json|md)|event
 
 
 def open_submission(path: Path, folder: Path) -> Path:
-    """The folder of a submission: a folder, a zip, a folder that holds a zip alone, or a file; zips go to `folder`."""
+    """The folder of a submission: a folder, a zip, a folder with one zip in it, or a file; zips go to `folder`."""
     zips = sorted(path.glob("*.zip")) if path.is_dir() else []
-    path = zips[0] if len(zips) == 1 and not any(path.rglob("*.py")) else path
+    scripts = {Path(file).name for exercise in graded() for file in exercise.files}
+    path = zips[0] if len(zips) == 1 and not any(file.name in scripts for file in path.rglob("*.py")) else path
     if path.suffix != ".zip":
         return path
     try:
@@ -310,7 +311,7 @@ def grade(exercise, submission: Path, seed: int, start) -> list[tuple[str, float
                 raise UsageError(f"there is no {exercise.name}/{file}")
             if path.stat().st_size > 1_000_000:
                 raise UsageError(f"{file} is larger than a megabyte")
-            sources[file] = with_references(path.read_text(), file, exercise)
+            sources[file] = with_references(path.read_text("utf-8-sig"), file, exercise)  # Windows writes a mark
         except SyntaxError as error:
             problem = f"{check.explain(error)} ({file}, line {error.lineno})"
         except Exception as error:  # not readable, no text, too deep for the parser
@@ -356,6 +357,7 @@ def collect(
     """Columns and rows of the grades of all submissions in a folder, one folder, zip or file each."""
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     names = [path.name if path.is_dir() else path.stem for path in paths]
+    names = [name if names.count(name) == 1 else path.name for name, path in zip(names, paths, strict=True)]
 
     def one_share(share: list) -> list:
         rows = []
@@ -366,8 +368,9 @@ def collect(
                     results = grade_all(path, ids, seed, start)
                     row |= {key: sum(points for _, points, _, _ in of_one) for key, of_one in results.items()}
                     row["total"], text = sum(value for key, value in row.items() if key != "student"), text_of(results)
-                    problems = (problem for of_one in results.values() for *_, problem in of_one if problem)
-                    row["note"] = next(problems, "" if results else "no file of any exercise")
+                    found = ((key, check) for key, of_one in results.items() for check in of_one if check[-1])
+                    notes = (f"{key}, {title}: {problem}" for key, (title, _, _, problem) in found)
+                    row["note"] = next(notes, "" if results else "no file of any exercise")
                 except Exception as error:  # a row, never a stop
                     row |= {"total": 0, "note": str(error)}
                     text = f"0 points: {error}"
@@ -400,7 +403,7 @@ NotImplementedError, and their docstrings say what they must do. Change nothing 
     .venv/bin/python check.py e02 --check 3     # one check of it
     .venv/bin/python check.py --submit          # writes submission.zip, which is what you hand in
 
-Your work is graded by the same checks with other numbers. The scripts are from a public repository; who copies from it
+Your work is graded by the same checks. The scripts are from a public repository; who copies from it
 learns nothing, and may be asked to explain each line.
 """
 
@@ -622,7 +625,12 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="ids of exercises, or what the command needs")
     parser.add_argument("--out", type=Path, help="folder, or file, to write")
     parser.add_argument("--only", nargs="+", default=[], help="ids of the exercises to grade")
-    parser.add_argument("--seed", type=int, default=0, help="of the checks' numbers; 0 are those that students have")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the checks' numbers; 0, the default, are those that students have; keep yours secret",
+    )
     parser.add_argument("--json", type=Path, help="also write the results for Gradescope")
     parser.add_argument("--csv", type=Path, default=Path("grades.csv"), help="table of grades")
     parser.add_argument("--feedback", type=Path, help="folder for a text file for each student")
@@ -676,6 +684,8 @@ def main() -> int:
         writer.writeheader()
         writer.writerows(rows)
     print(f"{len(rows)} rows are in {args.csv}")
+    if args.seed == 0:
+        print("students have had these numbers; --seed gives others", file=sys.stderr)
     return 0
 
 
