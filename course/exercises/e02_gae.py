@@ -44,7 +44,8 @@ EXERCISE = {
 def run(script, case):
     rollout = script.Rollout(None, None, case["rewards"], None, case["terminated"], case["truncated"])
     arguments = case["values"], case["next_values"], case["gamma"], case["gae_lambda"]
-    return {"advantages": script.generalized_advantages(rollout, *arguments)}
+    advantages = script.generalized_advantages(rollout, *arguments)
+    return {"advantages": advantages, "rewards afterwards": case["rewards"], "values afterwards": case["values"]}
 
 
 # ------------------------------------------------------------------------------------------ never handed out
@@ -112,7 +113,7 @@ def advantages(case, bootstrap=None, stop=None, values_after=None, decay=None):
 
 
 def answer(case):
-    return advantages(case)
+    return advantages(case) | {"rewards afterwards": case["rewards"], "values afterwards": case["values"]}
 
 
 def shifted(case):

@@ -4,13 +4,16 @@ A recall trace starts in a valuable state and is unrolled backwards: draw the ac
 that came before, and go on from there (Alg. 1, line 11). What is imitated later are pairs (s_t, a_t), so the state
 that is stored is the earlier one, in which the action was taken.
 
+Three functions are graded. All other blanks in the scripts belong to other exercises: leave them.
+
 1. `recall_traces` in recall_a2c_fourroom.py: N traces in a maze. A trace that reaches the first cell of the episodes
-   ends there. The pair of the first cell counts, nothing after it.
+   ends there. The pair of the first cell counts, nothing after it. It returns tensors.
 2. `recall_traces` in recall_sac.py: N traces of vectors, all of the same number of steps, and a mask that says which
-   steps count. A trace ends where it leaves the data: that step and all later ones do not count, even if it comes
-   back.
+   steps count. A trace ends where it leaves the data, in any number of its state: that step and all later ones do not
+   count, even if it comes back.
 3. `relabel` in recall_goalgan_ant.py: the goal that a trace starts from is appended to all states of the trace; a
-   state in which the goal is already reached is not imitated.
+   state in which the goal is already reached is not imitated. `states[..., env.places]` is where the agent is, and
+   `env.reached(places, goals)` says of arrays (n, G) which places are at their goals.
 
 A hand-sized example: a corridor of cells 0, 1, 2, 3. Episodes begin in cell 0, and every cell is entered from its
 left by the action 1. A trace from cell 3 stores (2, 1), (1, 1), (0, 1), in this order, and ends, whatever its
@@ -88,12 +91,12 @@ TOLERANCE = {"default": [1e-6, 1e-9]}
 def cases(rng):
     before = np.array([[-1] * 4, [-1, 0, -1, -1], [-1, 1, -1, -1], [-1, 2, -1, -1]])
     hand = {"what": "maze", "before": before, "action": np.ones(4, int), "starts": np.array([3])}
-    hand |= {"first_state": 0, "length": 3}
+    hand |= {"first_state": 0, "length": 10}
     return [
         ("the corridor", 1, [hand]),
         ("traces in mazes", 2, [maze(rng, length=60) for _ in range(5)]),
         ("short traces in mazes", 1, [maze(rng, length=3) for _ in range(5)]),
-        ("traces of vectors that leave the data and come back", 3, [vectors(rng) for _ in range(5)]),
+        ("traces of vectors that leave the data and come back", 3, [at_the_bound(), *(vectors(rng) for _ in range(5))]),
         ("goals of traces", 1, [goals(rng) for _ in range(5)]),
     ]
 
@@ -136,6 +139,13 @@ def vectors(rng):
     }
 
 
+def at_the_bound():
+    """States that stay where they are: one exactly at the bound, one beyond it."""
+    case = {"what": "vectors", "script": "recall_sac", "starts": np.array([[2.0, 0.0], [2.5, 0.0], [-1.5, 1.5]])}
+    case |= {"state_weight": np.eye(2), "action_weight": np.ones((2, 1)), "weight_of_action": np.zeros((1, 2))}
+    return case | {"state_mean": np.zeros(2), "state_std": np.ones(2), "length": 3, "limit": 2.0}
+
+
 def goals(rng):
     t, n = 5, 4
     case = {"what": "goals", "script": "recall_goalgan_ant", "states": rng.normal(size=(t, n, 3)), "radius": 1.0}
@@ -150,7 +160,7 @@ def in_maze(case, earlier=True, keep_first=True, stop=True, forward=False):
     for n, cell in enumerate(case["starts"]):
         for step in range(case["length"]):
             action = case["action"][cell]
-            before = case["before"][cell, action] if stop or cell != case["first_state"] else cell
+            before = case["before"][cell, action]  # -1 before the first cell, where a trace should have ended
             if keep_first or before != case["first_state"]:
                 rows.append((step, n, before if earlier else cell, action))
             cell = before
@@ -161,7 +171,7 @@ def in_maze(case, earlier=True, keep_first=True, stop=True, forward=False):
     return {"states": table[:, 2], "actions": table[:, 3]}
 
 
-def of_vectors(case, earlier=True, revive=False, late=False, forward=False):
+def of_vectors(case, earlier=True, revive=False, late=False, forward=False, bound=np.less_equal, norm=False):
     states, actions, alive, cell = [], [], [], case["starts"]
     lives = np.ones(len(cell), bool)
     for _ in range(case["length"]):
@@ -169,7 +179,8 @@ def of_vectors(case, earlier=True, revive=False, late=False, forward=False):
         before = cell @ case["state_weight"] + action @ case["weight_of_action"]
         states.append(before if earlier else cell)
         actions.append(action)
-        within = (np.abs(before - case["state_mean"]) / case["state_std"]).max(axis=1) <= case["limit"]
+        deviations = np.abs(before - case["state_mean"]) / case["state_std"]
+        within = bound(np.hypot(*deviations.T) if norm else deviations.max(axis=1), case["limit"])
         alive.append(within if revive else lives if late else lives & within)
         lives, cell = lives & within, before
     order = slice(None, None, -1 if forward else 1)
@@ -216,6 +227,11 @@ WRONG = [
     (
         "the step that leaves the data still counts: the mask is one step late",
         of(None, lambda case: of_vectors(case, late=True)),
+    ),
+    ("a number exactly at its bound counts as inside", of(None, lambda case: of_vectors(case, bound=np.less))),
+    (
+        "each number of a state has a bound of its own: what counts is not the length of the vector",
+        of(None, lambda case: of_vectors(case, norm=True)),
     ),
     (
         "states in which the goal is reached are imitated, but an episode ends there",
