@@ -221,7 +221,7 @@ SUBMISSIONS = {  # body of generalized_advantages: points, and a part of the not
     "right, a list": (solution(end="return result.tolist()"), *FULL),
     "right, a tensor": (solution(end="return torch.tensor(result, requires_grad=True)"), *FULL),
     "right, single precision": (solution(end="return result.astype(np.float32)"), *FULL),
-    "right, changes its inputs": (solution(end="values[:] = 0; return result"), *FULL),
+    "wrong, changes its inputs": (solution(end="values[:] = 0; return result"), 0, "values afterwards"),
     "right, 100 MB of output": (solution(end="print('x' * 6_000_000); return result"), *FULL),  # in each of 17 cases
     "wrong, limit as end": (solution(bootstrap=f"~({ENDS})"), 3, "taken for a terminated"),
     "wrong, value of the goal": (solution(bootstrap="~(rollout.terminated & False)"), 4, "value of a terminal state"),
