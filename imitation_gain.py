@@ -17,6 +17,7 @@ A row is a kind of imitation, a column a number of iterations. Given are the mea
 Student's t, and the table of all numbers in --csv.
 """
 
+import importlib
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import tyro
 from scipy.stats import t as student
 from torch.nn.utils import parameters_to_vector
 
-import recall_trpo as trpo
+trpo = importlib.import_module("recall_trpo")  # what is measured, as in inspect_run.py and reproduce.py
 
 
 @dataclass
